@@ -1,0 +1,48 @@
+PYTHON ?= python3
+VENV = .venv
+BIN = $(VENV)/bin
+
+.PHONY: run test lint bench lock clean
+
+run: $(VENV)/run ## serve on http://127.0.0.1:8000 (PORT= chooses another)
+	@$(BIN)/python -m demo
+
+test: $(VENV)/test ## the whole suite, on an embedded PostgreSQL
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/test ## rows per second, against what is possible and what is usual
+	$(BIN)/python -m bench
+
+LOCK = $(BIN)/pip-compile --quiet --upgrade --generate-hashes --strip-extras --no-header --no-emit-index-url \
+  --no-emit-find-links --no-emit-trusted-host pyproject.toml
+HEAD = "\# Made by make lock from pyproject.toml: change that, not this.\n"
+
+lock: $(BIN)/python ## requirements*.txt anew from pyproject.toml
+	$(BIN)/python -m pip install --quiet pip-tools
+	for extra in "" demo test; do \
+	  file=requirements$${extra:+-$$extra}.txt; \
+	  $(LOCK) $${extra:+--extra $$extra} --output-file - > $$file.new && (printf $(HEAD); cat $$file.new) > $$file; rm $$file.new; \
+	done
+
+clean: ## all that the above made
+	rm -rf $(VENV) .demo
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; PYTHON=python3.12 make … names one."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+	  || { echo "Python's venv module is missing or broken; on Debian and Ubuntu: apt install python3-venv"; rm -rf $(VENV); exit 1; }
+
+$(VENV)/run: requirements.txt requirements-demo.txt | $(BIN)/python
+	@echo "Installing into $(VENV) …"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-demo.txt
+	@touch $@
+
+$(VENV)/test: requirements-test.txt $(VENV)/run
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-test.txt
+	@touch $@

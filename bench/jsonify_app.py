@@ -1,0 +1,48 @@
+"""What people would write by hand: fetchall() and jsonify.
+
+It gives the same calls with the same values as the service, without accounts,
+filters or other formats. BENCH_DSN is the database's libpq connection string.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+from flask import Flask, Response, jsonify, request
+from psycopg.rows import dict_row
+from psycopg_pool import ConnectionPool
+
+from cdr_api import FIELDS, INTEGERS, NUMBERS
+
+QUERY = f"""
+SELECT {", ".join(FIELDS)}
+  FROM v_xml_cdr
+ WHERE domain_name = %s AND end_stamp >= %s AND end_stamp < %s
+ ORDER BY end_stamp, xml_cdr_uuid
+"""
+
+app = Flask(__name__)
+pool = ConnectionPool(os.environ["BENCH_DSN"], min_size=0, max_size=8, open=False)
+
+
+def show(name: str, value: Any) -> Any:
+    """A column's value as JSON has it; jsonify itself knows UUIDs."""
+    if isinstance(value, datetime):
+        return value.isoformat() if value.timestamp() > 86400 else None
+    if isinstance(value, Decimal):
+        return float(value) if name in NUMBERS else int(value) if name in INTEGERS else str(value)
+    return value
+
+
+@app.get("/call_range")
+def call_range() -> Response:
+    """The calls that end from "from" to "to", in epoch seconds, both included."""
+    start = datetime.fromtimestamp(int(request.args["from"]), UTC)
+    end = datetime.fromtimestamp(int(request.args["to"]) + 1, UTC)
+    pool.open()
+    with pool.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
+        rows = cursor.execute(QUERY, (request.args["domain_name"], start, end)).fetchall()
+    return jsonify([{name: show(name, value) for name, value in row.items()} for row in rows])

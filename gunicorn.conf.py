@@ -1,0 +1,64 @@
+"""How gunicorn serves the application; it finds this file without a flag.
+
+The CDR_API_* environment is checked before any worker starts, so that a wrong
+setting ends the start with one line.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from typing import TYPE_CHECKING
+
+import gunicorn.util
+import psycopg
+
+from cdr_api import SettingError, Settings, envelope
+
+if TYPE_CHECKING:
+    from gunicorn.arbiter import Arbiter
+
+try:
+    settings = Settings.from_environ(os.environ)
+except SettingError as error:
+    raise SystemExit(str(error)) from None
+
+wsgi_app = "wsgi:app"
+
+# A sync worker would be killed in the middle of a long answer; gthread beats
+# its heart beside its threads.
+worker_class = "gthread"
+workers = settings.workers
+threads = settings.threads
+timeout = 60
+graceful_timeout = 30
+keepalive = 15
+limit_request_line = 8190
+# Nothing in front is trusted to name the client; that is CDR_API_PROXIES' part.
+forwarded_allow_ips = ""
+
+
+def when_ready(server: Arbiter) -> None:
+    """Says once, in one line, if a database is not to be had. Serving goes on: it may come."""
+    for variable, dsn in (("CDR_API_DSN", settings.dsn), ("CDR_API_CALLS_DSN", settings.calls_dsn)):
+        try:
+            if dsn:
+                psycopg.connect(dsn, connect_timeout=5).close()
+        except psycopg.Error as error:
+            reason = " ".join(str(error).split())
+            server.log.error(
+                "%s: no connection (%s); every request is answered 503 until there is one", variable, reason
+            )
+
+
+def write_error(client: socket.socket, status: int, reason: str, message: str) -> None:
+    """gunicorn's answer to what is not HTTP or too long for it, in our envelope."""
+    body = envelope(f"{reason}: {message or 'the request could not be read'}").encode()
+    head = f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    gunicorn.util.write_nonblock(client, head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+
+
+gunicorn.util.write_error = write_error
+
+logging.basicConfig(level=logging.WARNING, format="[%(asctime)s] [%(process)d] [%(levelname)s] %(name)s: %(message)s")

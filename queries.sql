@@ -1,0 +1,320 @@
+-- Every statement that the service runs.
+--
+-- "-- name: verb_noun" begins a statement; the ";" at a line's end closes it.
+-- Values are psycopg parameters, %(name)s; a percent sign is written %%, even
+-- in a comment. A name in braces, {columns}, is put in by cdr_api.py from its
+-- own closed lists, never from a request. v_xml_cdr and v_domains are
+-- FusionPBX's tables, found by search_path; the side tables of schema.sql are
+-- always written with their schema, cdr_api.
+
+
+-- Calls ----------------------------------------------------------------------
+
+-- name: begin_read
+-- Opens the transaction of one answer: everything in it sees one snapshot.
+-- The planner's rows come in the order of an index where there is one, so that
+-- the first row does not wait for a sort of all of them.
+BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
+SET LOCAL statement_timeout = %(statement_timeout)s;
+SET LOCAL enable_sort = %(enable_sort)s;
+SET LOCAL DateStyle = 'ISO';
+SET LOCAL TimeZone = %(time_zone)s;
+
+-- name: select_calls
+-- One row is one call (one row of v_xml_cdr). Either (dated) the calls that have
+-- an end stamp, behind the key (after_stamp, after_uuid) and in its order; or
+-- (not dated) those that have none, behind after_uuid and in its order.
+--
+-- "absent" lists every column that some FusionPBX from 4.2 to master lacks. A
+-- name that v_xml_cdr does not have resolves to the NULL out here; a name that
+-- it has hides it. So one text serves every release, and the planner folds the
+-- NULLs and drops the columns nobody asked for. The casts repair the types of
+-- 4.x (a text end_stamp, stamps without a zone, the key called "uuid") and
+-- cost nothing where the type is right.
+--
+-- '04713-01-01 BC' is the first moment PostgreSQL knows; as text it sorts behind
+-- '' and before every stamp in every collation. So a blank end stamp (text, in
+-- 4.x) counts as none instead of stopping the answer.
+-- x - x = 0 is false for NaN and Infinity only, in every PostgreSQL.
+SELECT {columns}
+  FROM (SELECT NULL::uuid AS uuid, NULL::uuid AS xml_cdr_uuid,
+               NULL::text AS sip_call_id, NULL::text AS caller_destination,
+               NULL::text AS record_path, NULL::text AS record_name,
+               NULL::uuid AS originating_leg_uuid, NULL::boolean AS voicemail_message,
+               NULL::boolean AS missed_call, NULL::uuid AS call_center_queue_uuid,
+               NULL::uuid AS cc_agent_uuid, NULL::text AS cc_agent_bridged,
+               NULL::numeric AS cc_queue_answered_epoch, NULL::numeric AS cc_queue_terminated_epoch,
+               NULL::numeric AS cc_queue_canceled_epoch, NULL::text AS cc_cancel_reason,
+               NULL::text AS cc_cause) AS absent
+ CROSS JOIN LATERAL (
+       SELECT CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END AS xml_cdr_uuid,
+              domain_uuid, extension_uuid, sip_call_id, domain_name, accountcode, direction,
+              default_language, context, caller_id_name, caller_id_number, caller_destination,
+              source_number, destination_number,
+              CASE WHEN start_epoch - start_epoch = 0 THEN trunc(start_epoch) END AS start_epoch,
+              trim('"' FROM to_json(start_stamp::timestamptz)::text) AS start_stamp,
+              CASE WHEN answer_stamp::timestamptz > '1970-01-02'
+                   THEN trim('"' FROM to_json(answer_stamp::timestamptz)::text) END AS answer_stamp,
+              CASE WHEN answer_epoch - answer_epoch = 0 THEN trunc(answer_epoch) END AS answer_epoch,
+              CASE WHEN end_epoch - end_epoch = 0 THEN trunc(end_epoch) END AS end_epoch,
+              CASE WHEN end_stamp > '04713-01-01 BC'
+                   THEN trim('"' FROM to_json(end_stamp::timestamptz)::text) END AS end_stamp,
+              CASE WHEN duration IS NULL THEN 0
+                   WHEN duration - duration = 0 THEN round(duration) END AS duration,
+              CASE WHEN mduration IS NULL THEN 0
+                   WHEN mduration - mduration = 0 THEN round(mduration) END AS mduration,
+              CASE WHEN billsec IS NULL THEN 0
+                   WHEN billsec - billsec = 0 THEN round(billsec) END AS billsec,
+              CASE WHEN billmsec IS NULL THEN 0
+                   WHEN billmsec - billmsec = 0 THEN round(billmsec) END AS billmsec,
+              bridge_uuid, read_codec, read_rate, write_codec, write_rate, remote_media_ip,
+              network_addr, record_path, record_name, leg, originating_leg_uuid,
+              CASE WHEN pdd_ms - pdd_ms = 0 THEN round(pdd_ms) END AS pdd_ms,
+              CASE WHEN rtp_audio_in_mos - rtp_audio_in_mos = 0 THEN rtp_audio_in_mos END AS rtp_audio_in_mos,
+              last_app, last_arg,
+              voicemail_message::text AS voicemail_message, missed_call::text AS missed_call,
+              call_center_queue_uuid, cc_side, cc_member_uuid,
+              split_part(cc_queue_joined_epoch::text, '.', 1) AS cc_queue_joined_epoch,
+              cc_queue, cc_member_session_uuid, cc_agent_uuid, cc_agent, cc_agent_type, cc_agent_bridged,
+              CASE WHEN cc_queue_answered_epoch - cc_queue_answered_epoch = 0
+                   THEN trunc(cc_queue_answered_epoch) END AS cc_queue_answered_epoch,
+              CASE WHEN cc_queue_terminated_epoch - cc_queue_terminated_epoch = 0
+                   THEN trunc(cc_queue_terminated_epoch) END AS cc_queue_terminated_epoch,
+              CASE WHEN cc_queue_canceled_epoch - cc_queue_canceled_epoch = 0
+                   THEN trunc(cc_queue_canceled_epoch) END AS cc_queue_canceled_epoch,
+              cc_cancel_reason, cc_cause,
+              CASE WHEN waitsec - waitsec = 0 THEN round(waitsec) END AS waitsec,
+              conference_name, conference_uuid, conference_member_id, digits_dialed, pin_number,
+              hangup_cause,
+              CASE WHEN hangup_cause_q850 - hangup_cause_q850 = 0
+                   THEN trunc(hangup_cause_q850) END AS hangup_cause_q850,
+              sip_hangup_disposition, xml,
+              end_stamp::timestamptz AS end_at
+         FROM v_xml_cdr AS cdr
+        WHERE cdr.domain_name = %(domain_name)s
+          AND (%(by)s <> 'start'
+               OR cdr.start_stamp::timestamptz >= %(from)s::timestamptz
+              AND cdr.start_stamp::timestamptz < %(to)s::timestamptz)
+          AND (NOT %(dated)s
+               OR (cdr.end_stamp > '04713-01-01 BC') IS TRUE
+              AND (cdr.end_stamp::timestamptz,
+                   CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END)
+                  > (%(after_stamp)s::timestamptz, %(after_uuid)s::uuid)
+              AND (%(by)s <> 'end' OR cdr.end_stamp::timestamptz < %(to)s::timestamptz))
+          AND (%(dated)s
+               OR (cdr.end_stamp IS NULL OR cdr.end_stamp <= '04713-01-01 BC')
+              AND CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END > %(after_uuid)s::uuid)
+          AND (%(direction)s::text IS NULL OR cdr.direction = %(direction)s::text)
+          AND (%(leg)s::text IS NULL OR cdr.leg::text = %(leg)s::text)
+          AND (%(accountcode)s::text IS NULL OR cdr.accountcode = %(accountcode)s::text)
+          AND (%(extension_uuid)s::uuid IS NULL OR cdr.extension_uuid = %(extension_uuid)s::uuid)
+          AND (%(caller_id_number)s::text IS NULL OR cdr.caller_id_number = %(caller_id_number)s::text)
+          AND (%(source_number)s::text IS NULL OR cdr.source_number = %(source_number)s::text)
+          AND (%(destination_number)s::text IS NULL OR cdr.destination_number = %(destination_number)s::text)
+          AND (%(hangup_cause)s::text IS NULL OR cdr.hangup_cause = %(hangup_cause)s::text)
+          AND (%(answered)s::boolean IS NULL OR (coalesce(cdr.billsec, 0) > 0) = %(answered)s::boolean)
+          AND (%(min_billsec)s::bigint IS NULL OR coalesce(cdr.billsec, 0) >= %(min_billsec)s::bigint)
+          AND (NOT %(billable_only)s
+               OR coalesce(cdr.leg::text, 'a') = 'a'
+              AND cdr.hangup_cause IS DISTINCT FROM 'LOSE_RACE'
+              AND cdr.cc_side IS DISTINCT FROM 'agent'
+              AND originating_leg_uuid IS NULL)) AS calls
+ ORDER BY CASE WHEN %(dated)s THEN calls.end_at END, calls.xml_cdr_uuid
+ LIMIT %(limit)s OFFSET %(offset)s;
+
+-- name: copy_json
+-- PostgreSQL's CSV writer writes JSON values: strings quoted and escaped, NULL
+-- as null, cells divided by DEL, which text hardly ever holds. What CSV does not
+-- escape (control characters) cdr_api.py mends per batch.
+COPY ({query}) TO STDOUT
+  (FORMAT csv, DELIMITER E'\x7f', QUOTE '"', ESCAPE E'\\', NULL 'null'{force_quote});
+
+-- name: copy_csv
+-- A line per call, the first part with a header line; NULL is empty, an empty string is "".
+COPY ({query}) TO STDOUT (FORMAT csv, HEADER %(header)s);
+
+-- name: probe_calls
+-- No row; an error where calls cannot be read.
+SELECT FROM v_xml_cdr LIMIT 0;
+
+
+-- Domains --------------------------------------------------------------------
+
+-- name: find_domain
+-- One row: how many domains bear the name (FusionPBX does not keep it unique)
+-- and how many of them are granted to the account.
+SELECT count(*) AS domains, count(g.domain_uuid) AS granted
+  FROM v_domains AS d
+  LEFT JOIN cdr_api.grants AS g
+    ON g.domain_uuid = d.domain_uuid AND g.account_id = %(account_id)s
+ WHERE d.domain_name = %(domain_name)s;
+
+-- name: select_domains
+-- One row is a domain that the account may read, by name.
+SELECT d.domain_uuid::text, d.domain_name
+  FROM v_domains AS d
+ WHERE %(all_domains)s
+    OR EXISTS (SELECT FROM cdr_api.grants AS g
+                WHERE g.domain_uuid = d.domain_uuid AND g.account_id = %(account_id)s)
+ ORDER BY d.domain_name, d.domain_uuid;
+
+
+-- Accounts and tokens --------------------------------------------------------
+
+-- name: insert_account
+-- One row, the new account; none if the address is taken (also by a
+-- registration that runs at the same time).
+INSERT INTO cdr_api.accounts (name, email, email_key, password_hash, all_domains)
+VALUES (%(name)s, %(email)s, %(email_key)s, %(password_hash)s, %(all_domains)s)
+    ON CONFLICT (email_key) DO NOTHING
+RETURNING account_id, name, email, all_domains, created_at, updated_at;
+
+-- name: upsert_grants
+-- One row is a domain that is now granted; a name that no domain bears gives none.
+INSERT INTO cdr_api.grants (account_id, domain_uuid)
+SELECT %(account_id)s, d.domain_uuid
+  FROM v_domains AS d
+ WHERE d.domain_name = ANY(%(domain_names)s)
+    ON CONFLICT (account_id, domain_uuid) DO UPDATE SET domain_uuid = EXCLUDED.domain_uuid
+RETURNING domain_uuid;
+
+-- name: find_account
+-- The account of an address, or no row.
+SELECT account_id, name, email, password_hash, all_domains, disabled_at, created_at, updated_at
+  FROM cdr_api.accounts
+ WHERE email_key = %(email_key)s;
+
+-- name: insert_token
+-- One row, the new token's id. days 0 is a token that never expires.
+INSERT INTO cdr_api.tokens (account_id, digest, expires_at)
+SELECT a.account_id, %(digest)s,
+       CASE WHEN %(days)s > 0 THEN now() + %(days)s * interval '1 day' END
+  FROM cdr_api.accounts AS a
+ WHERE a.account_id = %(account_id)s AND a.disabled_at IS NULL
+   FOR SHARE OF a
+RETURNING token_id;
+
+-- name: delete_expired_tokens
+DELETE FROM cdr_api.tokens
+ WHERE account_id = %(account_id)s AND expires_at <= now();
+
+-- name: authenticate
+-- The live token of a digest with its account, or no row. stale: its last use
+-- was not written down for an hour.
+SELECT t.token_id, t.account_id, a.all_domains,
+       coalesce(t.last_used_at < now() - interval '1 hour', true) AS stale
+  FROM cdr_api.tokens AS t
+  JOIN cdr_api.accounts AS a USING (account_id)
+ WHERE t.digest = %(digest)s
+   AND a.disabled_at IS NULL
+   AND (t.expires_at IS NULL OR t.expires_at > now());
+
+-- name: touch_token
+UPDATE cdr_api.tokens SET last_used_at = now() WHERE token_id = %(token_id)s;
+
+-- name: delete_token
+DELETE FROM cdr_api.tokens WHERE token_id = %(token_id)s RETURNING token_id;
+
+-- name: delete_tokens
+DELETE FROM cdr_api.tokens WHERE account_id = %(account_id)s RETURNING token_id;
+
+-- name: probe_accounts
+-- No row; an error where the side tables cannot be read.
+SELECT FROM cdr_api.tokens LIMIT 0;
+
+-- name: insert_secret
+-- The first worker that needs the secret makes it; all others read it.
+INSERT INTO cdr_api.secrets (name, value) VALUES (%(name)s, %(value)s)
+    ON CONFLICT (name) DO NOTHING;
+
+-- name: find_secret
+SELECT value FROM cdr_api.secrets WHERE name = %(name)s;
+
+
+-- Commands -------------------------------------------------------------------
+
+-- name: select_accounts
+-- One row is an account with the names of its domains and its live tokens.
+SELECT a.account_id, a.email, a.name, a.all_domains, a.disabled_at,
+       ARRAY(SELECT coalesce(d.domain_name, g.domain_uuid::text)
+               FROM cdr_api.grants AS g
+               LEFT JOIN v_domains AS d USING (domain_uuid)
+              WHERE g.account_id = a.account_id
+              ORDER BY 1) AS domain_names,
+       (SELECT count(*)
+          FROM cdr_api.tokens AS t
+         WHERE t.account_id = a.account_id
+           AND (t.expires_at IS NULL OR t.expires_at > now())) AS tokens
+  FROM cdr_api.accounts AS a
+ ORDER BY a.account_id;
+
+-- name: set_all_domains
+UPDATE cdr_api.accounts SET all_domains = %(all_domains)s, updated_at = now() WHERE account_id = %(account_id)s;
+
+-- name: delete_grants
+-- One row is a grant that is gone. A domain that is no more goes by its uuid.
+DELETE FROM cdr_api.grants AS g
+ WHERE g.account_id = %(account_id)s
+   AND (g.domain_uuid::text = ANY(%(domain_names)s)
+        OR g.domain_uuid IN (SELECT d.domain_uuid FROM v_domains AS d WHERE d.domain_name = ANY(%(domain_names)s)))
+RETURNING g.domain_uuid;
+
+-- name: delete_all_grants
+DELETE FROM cdr_api.grants WHERE account_id = %(account_id)s;
+
+-- name: set_password
+UPDATE cdr_api.accounts SET password_hash = %(password_hash)s, updated_at = now() WHERE account_id = %(account_id)s;
+
+-- name: set_disabled
+UPDATE cdr_api.accounts
+   SET disabled_at = CASE WHEN %(disabled)s THEN coalesce(disabled_at, now()) END, updated_at = now()
+ WHERE account_id = %(account_id)s;
+
+-- name: delete_account
+DELETE FROM cdr_api.accounts WHERE account_id = %(account_id)s;
+
+-- name: select_tokens
+-- One row is a token of an account, or of any account (NULL).
+SELECT t.token_id, a.email, t.created_at, t.last_used_at, t.expires_at
+  FROM cdr_api.tokens AS t
+  JOIN cdr_api.accounts AS a USING (account_id)
+ WHERE %(account_id)s::integer IS NULL OR t.account_id = %(account_id)s::integer
+ ORDER BY t.token_id;
+
+
+-- Check ----------------------------------------------------------------------
+
+-- name: check_role
+-- One row: who we are and what we may do with FusionPBX's tables.
+SELECT current_user AS role,
+       (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) AS superuser,
+       has_table_privilege('v_xml_cdr', 'INSERT, UPDATE, DELETE, TRUNCATE') AS may_write,
+       has_table_privilege('v_xml_cdr', 'SELECT') AND has_table_privilege('v_domains', 'SELECT') AS may_read;
+
+-- name: find_version
+-- One row, made by schema.sql.
+SELECT version FROM cdr_api.version;
+
+-- name: count_accounts
+SELECT (SELECT count(*) FROM cdr_api.accounts) AS accounts,
+       count(*) AS tokens,
+       count(*) FILTER (WHERE expires_at < now() + interval '30 days') AS expiring
+  FROM cdr_api.tokens
+ WHERE expires_at IS NULL OR expires_at > now();
+
+-- name: select_columns
+-- One row is a column of the v_xml_cdr that search_path finds.
+SELECT a.attname AS column_name, format_type(a.atttypid, NULL) AS data_type
+  FROM pg_attribute AS a
+ WHERE a.attrelid = to_regclass('v_xml_cdr') AND a.attnum > 0 AND NOT a.attisdropped;
+
+-- name: forbid_scans
+-- For explain: its answer must not depend on how small the table is today.
+SET LOCAL enable_seqscan = off;
+
+-- name: explain
+-- One row: the plan, as JSON, of the statement that is set behind it.
+EXPLAIN (FORMAT JSON);
+
+-- name: read_clock
+SELECT extract(epoch FROM clock_timestamp()) AS epoch;

@@ -1,0 +1,74 @@
+-- The side tables of the CDR API, in a schema of their own, and the role that
+-- the service logs in as. Run it as a superuser in FusionPBX's database:
+--
+--     sudo -u postgres psql -v ON_ERROR_STOP=1 -d fusionpbx -f schema.sql
+--
+-- It may be run again at any time (after an upgrade of this program it should
+-- be): it changes only what is missing. It touches nothing of FusionPBX's but
+-- the rights to read two of its tables. Needs PostgreSQL 11 or newer.
+
+BEGIN;
+
+DO $$
+BEGIN
+  IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdr_api') THEN
+    CREATE ROLE cdr_api NOLOGIN;  -- no login until it is given a password
+  END IF;
+END $$;
+
+-- Compiling a statement takes longer than reading the calls of a small range.
+ALTER ROLE cdr_api SET jit = off;
+
+CREATE SCHEMA IF NOT EXISTS cdr_api;
+
+CREATE TABLE IF NOT EXISTS cdr_api.accounts (
+    account_id    integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    name          text NOT NULL,
+    email         text NOT NULL,                       -- as it was written
+    email_key     text NOT NULL UNIQUE,                -- as it is compared
+    password_hash text NOT NULL,
+    all_domains   boolean NOT NULL DEFAULT false,
+    disabled_at   timestamptz,
+    created_at    timestamptz NOT NULL DEFAULT now(),
+    updated_at    timestamptz NOT NULL DEFAULT now()
+);
+
+-- By domain_uuid: when FusionPBX renames a domain the grant goes with it, and
+-- nobody inherits a grant by taking a name that was free again.
+CREATE TABLE IF NOT EXISTS cdr_api.grants (
+    account_id  integer NOT NULL REFERENCES cdr_api.accounts ON DELETE CASCADE,
+    domain_uuid uuid NOT NULL,
+    PRIMARY KEY (account_id, domain_uuid)
+);
+
+-- Only the SHA-256 digest of a token is kept.
+CREATE TABLE IF NOT EXISTS cdr_api.tokens (
+    token_id     integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    account_id   integer NOT NULL REFERENCES cdr_api.accounts ON DELETE CASCADE,
+    digest       bytea NOT NULL UNIQUE,
+    created_at   timestamptz NOT NULL DEFAULT now(),
+    last_used_at timestamptz,                          -- true to the hour
+    expires_at   timestamptz                           -- NULL: never
+);
+CREATE INDEX IF NOT EXISTS tokens_account_id ON cdr_api.tokens (account_id);
+
+-- Keys that sign what clients hand back (paging cursors).
+CREATE TABLE IF NOT EXISTS cdr_api.secrets (
+    name  text PRIMARY KEY,
+    value bytea NOT NULL
+);
+
+CREATE TABLE IF NOT EXISTS cdr_api.version (version integer NOT NULL);
+DELETE FROM cdr_api.version;
+INSERT INTO cdr_api.version VALUES (1);
+
+REVOKE ALL ON SCHEMA cdr_api FROM PUBLIC;
+GRANT USAGE ON SCHEMA cdr_api TO cdr_api;
+GRANT SELECT, INSERT, UPDATE, DELETE
+   ON cdr_api.accounts, cdr_api.grants, cdr_api.tokens, cdr_api.secrets TO cdr_api;
+GRANT SELECT ON cdr_api.version TO cdr_api;
+
+-- Of FusionPBX's own tables: reading these two, and nothing else.
+GRANT SELECT ON v_xml_cdr, v_domains TO cdr_api;
+
+COMMIT;

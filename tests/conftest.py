@@ -1,0 +1,267 @@
+"""One embedded PostgreSQL for the run; a database per module; the service as role cdr_api."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+from psycopg.rows import dict_row
+from werkzeug.test import TestResponse
+
+import cdr_api
+import demo
+
+ROOT = Path(__file__).parent.parent
+UNTIL = 1_795_000_000  # 2026-11-18T11:06:40Z, when the last invented call ended
+PASSWORD = "correct-horse-battery-staple"
+PASSWORD_HASH = (  # of PASSWORD, so that not every account costs a scrypt
+    "scrypt:32768:8:1$gVU6FlkVyjvAq2lI$"
+    "145866eafcfd103cc937d0ba6c3d93357bd4374addd69a9f5f7e9892be4a56d4"
+    "2e7fdcfc16a47cffed94cebc9cce567c06eb869708510afd0b1f5ecf7dc00cd6"
+)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[demo.PostgresServer]:
+    folder = Path(tempfile.mkdtemp(prefix="cdr-api-"))
+    server = demo.start_server(folder / "postgresql")
+    with demo.connect(server) as connection:
+        connection.execute("ALTER SYSTEM SET fsync = off")
+        connection.execute("ALTER SYSTEM SET max_connections = 200")
+    yield server
+    server.cleanup()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass
+class Database:
+    """A FusionPBX database, and the service's application on it."""
+
+    server: demo.PostgresServer
+    name: str
+    release: str = demo.NEWEST
+    apps: list[Flask] = field(default_factory=list)
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    @property
+    def dsn(self) -> str:
+        return demo.service_dsn(self.server, self.name)
+
+    def connect(self) -> demo.Connection:
+        """A superuser's connection, in autocommit mode."""
+        return demo.connect(self.server, self.name)
+
+    def execute(self, statement: str, values: Any = None) -> list[Any]:
+        with self.connect() as connection:
+            cursor = connection.execute(statement, values)
+            return cursor.fetchall() if cursor.description else []
+
+    def insert_call(self, **values: Any) -> str:
+        """Stores a call as a superuser; gives its uuid back. Ends on 2026-02-03 10:00:00Z if not said."""
+        key = "uuid" if self.release[0] == "4" else "xml_cdr_uuid"
+        call: dict[str, Any] = {
+            key: f"00000000-0000-4000-8000-{next(self.numbers):012d}",
+            "domain_name": "alpha.example.com",
+        }
+        call |= {"end_stamp": "2026-02-03 10:00:00+00", "billsec": 1, "leg": "a"} | values
+        columns, marks = ", ".join(call), ", ".join(["%s"] * len(call))
+        self.execute(f"INSERT INTO v_xml_cdr ({columns}) VALUES ({marks})", list(call.values()))
+        return str(call[key])
+
+    def app(self, **settings: str) -> Flask:
+        """A new application, as a worker would make it."""
+        app = cdr_api.create_app({"CDR_API_DSN": self.dsn, **settings})
+        app.testing = True
+        self.apps.append(app)
+        return app
+
+    def account(self, *domains: str, email: str | None = None, all_domains: bool = False, days: int = 1) -> str:
+        """Makes an account that may read some domains; gives a token of it."""
+        email = email or f"user{next(self.numbers)}@example.com"
+        with self.connect() as connection:
+            connection.execute("SET ROLE cdr_api")
+            connection.row_factory = dict_row
+            row = cdr_api.run(
+                connection,
+                "insert_account",
+                name="Test",
+                email=email,
+                email_key=cdr_api.email_key(email),
+                password_hash=PASSWORD_HASH,
+                all_domains=all_domains,
+            )[0]
+            cdr_api.run(connection, "upsert_grants", account_id=row["account_id"], domain_names=list(domains))
+            token = cdr_api.new_token(connection, row["account_id"], days)
+        assert token
+        return token
+
+    def client(self, token: str | None = None, app: Flask | None = None) -> Client:
+        return Client(app or self.app(), token)
+
+    def close(self) -> None:
+        for app in self.apps:
+            app.extensions["cdr_api"].accounts.pool.close()
+            app.extensions["cdr_api"].calls.pool.close()
+        self.apps.clear()
+
+
+@dataclass
+class Client:
+    """Sends requests to an application, with a token if it has one."""
+
+    app: Flask
+    token: str | None = None
+
+    def send(self, method: str, path: str, **options: Any) -> TestResponse:
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        headers |= options.pop("headers", {})
+        return self.app.test_client().open(path, method=method, headers=headers, **options)
+
+    def get(self, path: str, **parameters: Any) -> TestResponse:
+        return self.send("GET", path, query_string=parameters)
+
+    def post(self, path: str, **options: Any) -> TestResponse:
+        return self.send("POST", path, **options)
+
+    def calls(self, path: str = "/api/calls", **parameters: Any) -> list[dict[str, Any]]:
+        """The calls of an answer that must be 200; of alpha.example.com if not said."""
+        response = self.get(path, **{"domain_name": "alpha.example.com"} | parameters)
+        assert response.status_code == 200, response.text
+        found: list[dict[str, Any]] = json.loads(response.data)
+        return found
+
+    def call_range(self, start: str, end: str, **parameters: Any) -> list[dict[str, Any]]:
+        return self.calls("/api/call_range", **{"from": start, "to": end} | parameters)
+
+
+DatabaseMaker = Callable[..., Database]
+
+
+@pytest.fixture(scope="session")
+def templates(server: demo.PostgresServer) -> Callable[[str], str]:
+    """Gives the name of a database to clone: a release with its tables and nothing else."""
+    made: dict[str, str] = {}
+
+    def template(release: str) -> str:
+        if release not in made:
+            made[release] = f"template_{release}"
+            demo.create_database(server, made[release], release)
+        return made[release]
+
+    return template
+
+
+@pytest.fixture(scope="module")
+def make_database(
+    server: demo.PostgresServer, templates: Callable[[str], str], request: Any
+) -> Iterator[DatabaseMaker]:
+    """Makes databases that last for a module: make_database(release=…, calls=…)."""
+    made: list[Database] = []
+
+    def make(release: str = demo.NEWEST, calls: int = 0, *, index: bool = False) -> Database:
+        name = f"{request.module.__name__}_{len(made)}".rpartition(".")[2]
+        with demo.connect(server) as connection:
+            connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{templates(release)}"')
+        database = Database(server, name, release)
+        made.append(database)
+        with database.connect() as connection:
+            if calls:
+                demo.add_calls(connection, calls, release, until=UNTIL)
+            if index:
+                connection.execute(demo.INDEX)
+        return database
+
+    yield make
+    for database in made:
+        database.close()
+        with demo.connect(server) as connection:
+            connection.execute(f'DROP DATABASE "{database.name}" WITH (FORCE)')
+
+
+@pytest.fixture(scope="module")
+def database(make_database: DatabaseMaker) -> Database:
+    """The newest release with 3,000 invented calls of three domains, and the index."""
+    return make_database(calls=3000, index=True)
+
+
+@pytest.fixture(scope="module")
+def client(database: Database) -> Client:
+    """Reads alpha.example.com."""
+    return database.client(database.account("alpha.example.com"))
+
+
+@dataclass
+class Gunicorn:
+    """The service as shipped, in processes of its own."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def worker_pids(self) -> list[int]:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text("ascii")
+        return [int(pid) for pid in children.split()]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 30) -> Any:
+    """Waits until a condition holds; fails after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.02)
+    return found
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextmanager
+def serve(dsn: str, *options: str, **settings: str) -> Iterator[Gunicorn]:
+    """Runs gunicorn as a sysadmin would, on a free port."""
+    port = free_port()
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("CDR_API_")}
+    environ |= {"CDR_API_DSN": dsn, "CDR_API_WORKERS": "1", **settings}
+    command = [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", *options]
+    with tempfile.NamedTemporaryFile(prefix="cdr-api-", suffix=".log") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log)
+        try:
+            wait_for(lambda: process.poll() is not None or answers(port))
+            yield Gunicorn(process, f"http://127.0.0.1:{port}", Path(log.name))
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def problem(response: TestResponse) -> dict[str, Any]:
+    """The envelope of an answer that is not 2xx, checked; data as what its string holds."""
+    assert response.mimetype == "application/json", response.text
+    body = json.loads(response.data)
+    assert set(body) == {"message", "success", "data"}, body
+    assert body["success"] is False
+    assert isinstance(body["message"], str)
+    assert body["message"]
+    assert isinstance(body["data"], str)
+    data: dict[str, Any] = json.loads(body["data"])
+    return {"message": body["message"], "data": data}

@@ -1,0 +1,269 @@
+"""flask user, flask token, flask check: what the operator types."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from click.testing import Result
+from flask import Flask
+
+import cdr_admin
+import demo
+from tests.conftest import PASSWORD, ROOT, Client, Database, DatabaseMaker
+
+
+@pytest.fixture(scope="module")
+def database(make_database: DatabaseMaker) -> Database:
+    return make_database(calls=300, index=True)
+
+
+@pytest.fixture(scope="module")
+def app(database: Database) -> Flask:
+    return database.app()
+
+
+def flask(app: Flask, *arguments: str, stdin: str = "") -> Result:
+    return app.test_cli_runner().invoke(args=arguments, input=stdin)
+
+
+def login(app: Flask, email: str, password: str = PASSWORD) -> Any:
+    return Client(app).post("/api/login", json={"email": email, "password": password})
+
+
+def test_an_account_from_the_cradle_to_the_grave(app: Flask) -> None:
+    result = flask(
+        app,
+        "user",
+        "add",
+        "Ops@Example.com",
+        "--name",
+        "Ops",
+        "--domain",
+        "alpha.example.com",
+        "--password-stdin",
+        stdin=PASSWORD + "\n",
+    )
+    assert (result.exit_code, result.output) == (0, "Account 1 for Ops@Example.com made.\n")
+    token = login(app, "ops@example.com").get_json()["token"]
+    client = Client(app, token)
+    assert [row["domain_name"] for row in client.get("/api/domains").get_json()] == ["alpha.example.com"]
+
+    assert flask(app, "user", "grant", "OPS@example.com", "beta.example.com", "gamma.example.com").exit_code == 0
+    assert len(client.get("/api/domains").get_json()) == 3
+    assert flask(app, "user", "revoke", "ops@example.com", "alpha.example.com").exit_code == 0
+    assert [row["domain_name"] for row in client.get("/api/domains").get_json()] == [
+        "beta.example.com",
+        "gamma.example.com",
+    ]
+    assert flask(app, "user", "grant", "ops@example.com", "*").exit_code == 0
+    assert client.calls()
+    listed = flask(app, "user", "list").output.splitlines()
+    assert re.fullmatch(r"ID  E-MAIL +NAME  DOMAINS  TOKENS  STATE", listed[0])
+    assert re.fullmatch(r"1   Ops@Example.com  Ops   \*        1       enabled", listed[1])
+    assert flask(app, "user", "revoke", "ops@example.com", "*").exit_code == 0
+    assert client.get("/api/domains").get_json() == []
+
+    new = "another-good-password-2"
+    assert flask(app, "user", "password", "ops@example.com", "--password-stdin", stdin=new).exit_code == 0
+    assert login(app, "ops@example.com").status_code == 401
+    assert login(app, "ops@example.com", new).status_code == 200
+    assert client.get("/api/domains").status_code == 200
+
+    assert flask(app, "user", "disable", "ops@example.com").exit_code == 0
+    assert client.get("/api/domains").status_code == 401
+    assert login(app, "ops@example.com", new).status_code == 401
+    assert "disabled" in flask(app, "user", "list").output
+    refused = flask(app, "token", "create", "ops@example.com")
+    assert (refused.exit_code, refused.output) == (1, "Error: ops@example.com is disabled\n")
+    assert flask(app, "user", "enable", "ops@example.com").exit_code == 0
+    assert client.get("/api/domains").status_code == 401  # the old token stays dead
+    token = login(app, "ops@example.com", new).get_json()["token"]
+    assert flask(app, "user", "delete", "ops@example.com").exit_code == 0
+    assert Client(app, token).get("/api/domains").status_code == 401
+    assert login(app, "ops@example.com", new).status_code == 401
+    assert "ops@example.com" not in flask(app, "user", "list").output.lower()
+
+
+def test_a_token_is_printed_alone_and_can_be_revoked(database: Database, app: Flask) -> None:
+    database.account("alpha.example.com", email="tokens@example.com")
+    made = flask(app, "token", "create", "tokens@example.com", "--days", "3")
+    assert made.exit_code == 0
+    assert re.fullmatch(r"cdr_[\w-]{43}\n", made.output)
+    client = Client(app, made.output.strip())
+    assert client.calls()
+    listed = flask(app, "token", "list", "tokens@example.com").output
+    assert made.output.strip() not in listed
+    assert len(listed.splitlines()) == 3
+    token_id = listed.splitlines()[-1].split()[0]
+    assert listed in flask(app, "token", "list").output or "tokens@example.com" in flask(app, "token", "list").output
+    assert flask(app, "token", "revoke", token_id).exit_code == 0
+    assert client.get("/api/domains").status_code == 401
+    again = flask(app, "token", "revoke", token_id)
+    assert (again.exit_code, again.output) == (1, f"Error: there is no token {token_id}\n")
+
+
+def test_a_prompted_password_is_typed_twice(app: Flask) -> None:
+    result = flask(
+        app, "user", "add", "typed@example.com", "--name", "T", "--all-domains", stdin=f"{PASSWORD}\n{PASSWORD}\n"
+    )
+    assert result.exit_code == 0
+    assert PASSWORD not in result.output
+    assert len(Client(app, login(app, "typed@example.com").get_json()["token"]).get("/api/domains").get_json()) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["user", "add", "nobody", "--name", "x", "--password-stdin"], "must be an e-mail address"),
+        (["user", "add", "weak@example.com", "--name", "x", "--password-stdin"], "the password must have at least"),
+        (["user", "grant", "who@example.com", "alpha.example.com"], "there is no account who@example.com"),
+        (["user", "grant", "here@example.com", "no.such.domain"], "there is no domain no.such.domain"),
+        (["user", "revoke", "here@example.com", "gamma.example.com"], "there is no grant for gamma.example.com"),
+        (["user", "delete", "who@example.com"], "there is no account"),
+        (["token", "create", "who@example.com"], "there is no account"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_done_is_one_line(database: Database, app: Flask, arguments: list[str], message: str) -> None:
+    if not database.execute("SELECT 1 FROM cdr_api.accounts WHERE email_key = 'here@example.com'"):
+        database.account("alpha.example.com", email="here@example.com")
+    before = database.execute("SELECT count(*), (SELECT count(*) FROM cdr_api.grants) FROM cdr_api.accounts")
+    result = flask(app, *arguments, stdin="weak\n")
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ")
+    assert message in result.output
+    assert result.output.count("\n") == 1
+    assert database.execute("SELECT count(*), (SELECT count(*) FROM cdr_api.grants) FROM cdr_api.accounts") == before
+
+
+def test_of_several_grants_all_or_none_are_made(database: Database, app: Flask) -> None:
+    database.account(email="several@example.com")
+    assert flask(app, "user", "grant", "several@example.com", "alpha.example.com", "zz.no.such").exit_code == 1
+    rows = database.execute(
+        "SELECT 1 FROM cdr_api.grants JOIN cdr_api.accounts USING (account_id) WHERE email = 'several@example.com'"
+    )
+    assert rows == []
+
+
+def test_a_grant_of_a_domain_that_is_no_more_goes_by_its_uuid(make_database: DatabaseMaker) -> None:
+    database = make_database()
+    app = database.app()
+    database.account("beta.example.com", email="old@example.com")
+    uuid = database.execute("DELETE FROM v_domains WHERE domain_name = 'beta.example.com' RETURNING domain_uuid::text")[
+        0
+    ][0]
+    assert uuid in flask(app, "user", "list").output
+    assert flask(app, "user", "revoke", "old@example.com", uuid).exit_code == 0
+    assert uuid not in flask(app, "user", "list").output
+
+
+# Check ------------------------------------------------------------------------
+
+
+def check(app: Flask) -> tuple[int, dict[str, str]]:
+    """The exit status, and the lines by subject."""
+    result = flask(app, "check")
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, {line[2:20].strip(): line for line in result.output.splitlines()}
+
+
+def test_check_is_content_with_a_good_installation(make_database: DatabaseMaker) -> None:
+    database = make_database(calls=300, index=True)
+    database.account(days=10)
+    database.account(days=0)
+    status, lines = check(database.app())
+    assert status == 0
+    assert list(lines) == [
+        "registration",
+        "CDR_API_DSN",
+        "role",
+        "side tables",
+        "accounts",
+        "calls",
+        "columns",
+        "index",
+        "time zone",
+        "clock",
+    ]
+    assert lines["CDR_API_DSN"].startswith("✓ CDR_API_DSN        PostgreSQL 18")
+    assert lines["accounts"] == "! accounts           2; 2 live tokens, 1 of them expire within 30 days"
+    assert lines["columns"] == "✓ columns            all 66 fields"
+    assert lines["time zone"].startswith("✓")
+    assert lines["registration"] == "✓ registration       open; a new account may read no domain"
+    everybody = check(database.app(CDR_API_REGISTER_DOMAINS="*"))[1]["registration"]
+    assert everybody.startswith("! registration       open, and a new account may read EVERY domain")
+
+
+def test_check_prints_the_index_that_is_missing_and_it_helps(make_database: DatabaseMaker) -> None:
+    database = make_database(calls=300)
+    status, lines = check(database.app())
+    assert status == 1
+    create = re.search(r"CREATE INDEX CONCURRENTLY .*;", lines["index"])
+    assert lines["index"].startswith("✗")
+    assert create
+    database.execute(create[0])
+    assert check(database.app())[0] == 0
+    database.execute("DROP INDEX cdr_api_calls")
+    database.execute("CREATE INDEX some_other_name ON v_xml_cdr USING brin (end_stamp)")
+    assert check(database.app())[1]["index"].startswith("✓")
+
+
+def test_check_prints_an_index_for_4_x_too(make_database: DatabaseMaker) -> None:
+    database = make_database("4.2.2", calls=300)
+    status, lines = check(database.app())
+    assert status == 1
+    assert "sip_call_id" in lines["columns"]
+    assert "xml_cdr_uuid" not in lines["columns"]
+    create = re.search(r"CREATE INDEX CONCURRENTLY .*;", lines["index"])
+    assert create
+    database.execute(create[0])
+    assert check(database.app())[0] == 0
+
+
+def test_check_names_what_is_wrong(make_database: DatabaseMaker) -> None:
+    database = make_database(calls=300, index=True)
+    app = database.app()
+    database.execute("GRANT UPDATE ON v_xml_cdr TO cdr_api")
+    assert check(app)[1]["role"].startswith("✗ role               cdr_api may write v_xml_cdr: REVOKE")
+    database.execute("REVOKE UPDATE ON v_xml_cdr FROM cdr_api")
+    superuser = database.app(CDR_API_DSN=database.server.get_uri(database=database.name))
+    assert "is a superuser" in check(superuser)[1]["role"]
+    database.execute("UPDATE cdr_api.version SET version = 0")
+    assert "run schema.sql" in check(app)[1]["side tables"]
+    database.execute("DROP SCHEMA cdr_api CASCADE")
+    status, lines = check(app)
+    assert status == 1
+    assert lines["side tables"].startswith("✗")
+    database.execute("ALTER TABLE v_xml_cdr RENAME TO gone")
+    status, lines = check(app)
+    assert status == 1
+    assert 'relation "v_xml_cdr" does not exist' in lines["role"] or "no table v_xml_cdr" in lines["columns"]
+    assert "is this FusionPBX's database?" in lines["columns"]
+
+
+def test_check_of_a_server_that_is_away(database: Database) -> None:
+    status, lines = check(database.app(CDR_API_CALLS_DSN="host=/nowhere dbname=x"))
+    assert status == 1
+    assert lines["CDR_API_DSN"].startswith("✓")
+    assert lines["CDR_API_CALLS_DSN"].startswith("✗")
+
+
+def test_flask_finds_the_application_by_itself(database: Database) -> None:
+    environ = os.environ | {"CDR_API_DSN": database.dsn}
+    done = subprocess.run(
+        [sys.executable, "-m", "flask", "check"], cwd=ROOT, env=environ, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "✓ index" in done.stdout
+
+
+def test_every_command_has_a_help_text(app: Flask) -> None:
+    for group in (cdr_admin.user, cdr_admin.token):
+        for name, command in group.commands.items():
+            assert command.help, name
+    assert demo.RELEASES[0] == "4.2.2"

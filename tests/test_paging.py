@@ -1,0 +1,177 @@
+"""limit, after and the Link header: every call once, also while calls arrive."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import threading
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from psycopg.rows import dict_row
+
+import cdr_admin
+from tests.conftest import Client, Database, DatabaseMaker, problem
+
+
+@pytest.fixture(scope="module")
+def database(make_database: DatabaseMaker) -> Database:
+    database = make_database(calls=1000, index=True)
+    # Equal stamps in the way of a page's end, and calls that never got one.
+    database.execute("UPDATE v_xml_cdr SET end_stamp = date_trunc('day', end_stamp) WHERE billsec = 0")
+    for _ in range(7):
+        database.insert_call(end_stamp=None)
+    return database
+
+
+def next_link(response: Any) -> str | None:
+    if "Link" not in response.headers:
+        return None
+    match = re.fullmatch(r'<([^>]+)>; rel="next"', response.headers["Link"])
+    assert match
+    return match[1]
+
+
+def read_pages(client: Client, path: str, **parameters: Any) -> list[list[str]]:
+    """The uuids, page by page, along the Link headers."""
+    pages = []
+    response = client.get(path, domain_name="alpha.example.com", fields="xml_cdr_uuid", **parameters)
+    while True:
+        assert response.status_code == 200, response.text
+        pages.append([call["xml_cdr_uuid"] for call in json.loads(response.data)])
+        if (link := next_link(response)) is None:
+            return pages
+        response = client.send("GET", link)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 100, 599, 100_000])
+@pytest.mark.parametrize(
+    ("path", "parameters"),
+    [
+        ("/api/calls", {}),
+        ("/api/call_range", {"from": "2026-09-01", "to": "2026-10-31"}),
+        ("/api/call_range", {"from": "2026-09-01", "to": "2026-10-31", "by": "start", "direction": "inbound"}),
+    ],
+    ids=["calls", "range", "range by start, inbound"],
+)
+def test_pages_are_the_whole_answer_in_its_order(
+    client: Client, path: str, parameters: dict[str, str], limit: int
+) -> None:
+    if limit == 1:
+        parameters = parameters | {"hangup_cause": "USER_BUSY"}
+    whole = [call["xml_cdr_uuid"] for call in client.calls(path, **parameters)]
+    pages = read_pages(client, path, limit=limit, **parameters)
+    assert [uuid for page in pages for uuid in page] == whole
+    assert all(len(page) <= limit for page in pages)
+    assert all(pages[:-1]) or not whole
+
+
+def test_link_is_there_exactly_when_there_is_more(client: Client) -> None:
+    total = len(client.call_range("2000-01-01", "2099-01-01"))
+    for limit, more in ((total - 1, True), (total, False), (total + 1, False)):
+        parameters = {"domain_name": "alpha.example.com", "from": "2000-01-01", "to": "2099-01-01", "limit": limit}
+        assert ("Link" in client.get("/api/call_range", **parameters).headers) is more
+    # In /api/calls those without an end stamp follow.
+    dated = client.get("/api/calls", domain_name="alpha.example.com", limit=total)
+    assert len(dated.get_json()) == total
+    assert len(client.send("GET", next_link(dated) or "").get_json()) == 7
+
+
+def test_link_keeps_the_parameters_and_is_absolute(client: Client) -> None:
+    query = {"domain_name": "alpha.example.com", "limit": "2", "fields": "billsec", "caller_id_number": "104"}
+    link = urlsplit(next_link(client.get("/api/calls", **query)) or "")
+    assert (link.scheme, link.netloc, link.path) == ("http", "localhost", "/api/calls")
+    found = {name: values[0] for name, values in parse_qs(link.query).items()}
+    after = found.pop("after")
+    assert found == query
+    assert re.fullmatch(r"[A-Za-z0-9_.-]+", after)
+
+
+def test_after_without_a_limit_is_all_the_rest(client: Client) -> None:
+    response = client.get("/api/calls", domain_name="alpha.example.com", limit=10)
+    after = parse_qs(urlsplit(next_link(response) or "").query)["after"][0]
+    rest = client.calls(after=after)
+    assert [call["xml_cdr_uuid"] for call in response.get_json() + rest] == [c["xml_cdr_uuid"] for c in client.calls()]
+
+
+def test_format_fields_and_limit_may_change_from_page_to_page(client: Client) -> None:
+    after = parse_qs(
+        urlsplit(next_link(client.get("/api/calls", domain_name="alpha.example.com", limit=5)) or "").query
+    )["after"][0]
+    lines = client.get(
+        "/api/calls", domain_name="alpha.example.com", after=after, limit=3, fields="xml_cdr_uuid", format="ndjson"
+    )
+    assert [json.loads(line)["xml_cdr_uuid"] for line in lines.text.splitlines()] == [
+        call["xml_cdr_uuid"] for call in client.calls()[5:8]
+    ]
+
+
+def test_a_cursor_is_good_for_its_own_request_only(database: Database, client: Client) -> None:
+    response = client.get(
+        "/api/call_range",
+        **{"domain_name": "alpha.example.com", "from": "2026-09-01", "to": "2026-10-31", "limit": "5"},
+    )
+    good = {name: values[0] for name, values in parse_qs(urlsplit(next_link(response) or "").query).items()}
+    assert client.get("/api/call_range", **good).status_code == 200
+    both = database.client(database.account("alpha.example.com", "beta.example.com"), client.app)
+    cursor = good["after"]
+    cases = {
+        "another range": (client, "/api/call_range", good | {"to": "2026-10-30"}),
+        "another stamp": (client, "/api/call_range", good | {"by": "start"}),
+        "another filter": (client, "/api/call_range", good | {"direction": "local"}),
+        "another route": (client, "/api/calls", {k: v for k, v in good.items() if k not in ("from", "to")}),
+        "another account": (both, "/api/call_range", good),
+        "another domain": (both, "/api/call_range", good | {"domain_name": "beta.example.com"}),
+        "cut short": (client, "/api/call_range", good | {"after": cursor[:-1]}),
+        "edited": (client, "/api/call_range", good | {"after": ("X" if cursor[0] != "X" else "Y") + cursor[1:]}),
+        "empty": (client, "/api/call_range", good | {"after": ""}),
+        "no cursor at all": (client, "/api/call_range", good | {"after": "2026-09-05"}),
+        "another script": (client, "/api/call_range", good | {"after": "日本"}),
+    }
+    for name, (who, path, parameters) in cases.items():
+        response = who.get(path, **parameters)
+        assert response.status_code == 422, name
+        assert list(problem(response)["data"]) == ["after"], name
+
+
+def test_paging_meets_every_call_once_while_calls_arrive(make_database: DatabaseMaker) -> None:
+    database = make_database(calls=800, index=True)
+    client = database.client(database.account("alpha.example.com"))
+    before = {call["xml_cdr_uuid"] for call in client.calls()}
+    stop = threading.Event()
+    stored: list[str] = []
+
+    def arrive() -> None:
+        chance = random.Random(1)
+        while not stop.is_set():
+            day = chance.randint(1, 28)
+            stored.append(database.insert_call(end_stamp=f"2026-09-{day:02} {chance.randint(0, 23):02}:00:00+00"))
+
+    writer = threading.Thread(target=arrive)
+    writer.start()
+    try:
+        uuids = [uuid for page in read_pages(client, "/api/calls", limit=20) for uuid in page]
+    finally:
+        stop.set()
+        writer.join()
+    assert stored
+    assert len(uuids) == len(set(uuids))
+    assert before <= set(uuids) <= before | set(stored)
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "100001", "1e9", "1000000000", "", "ten", "1.5", "１"])
+def test_bad_limits(client: Client, limit: str) -> None:
+    response = client.get("/api/calls", domain_name="alpha.example.com", limit=limit)
+    assert response.status_code == 422
+    assert list(problem(response)["data"]) == ["limit"]
+
+
+def test_the_index_finds_the_start_of_a_page(database: Database, client: Client) -> None:
+    """The key is an index condition as a whole: a page far back costs what the first one costs."""
+    with client.app.app_context(), database.connect() as connection:
+        connection.row_factory = dict_row
+        conditions = [condition for condition in cdr_admin.find_conditions(connection) if condition]
+    assert len(conditions) == 1
+    assert re.search(r"ROW\((cdr\.)?end_stamp, (cdr\.)?xml_cdr_uuid\) > ROW", conditions[0])

@@ -1,0 +1,67 @@
+"""The role of schema.sql reads two tables of FusionPBX's and writes its own, no more."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+
+import demo
+from tests.conftest import ROOT, Database, DatabaseMaker
+
+
+@pytest.fixture(scope="module")
+def database(make_database: DatabaseMaker) -> Database:
+    return make_database(calls=30)
+
+
+def test_the_suite_runs_as_this_role(database: Database) -> None:
+    with psycopg.connect(database.dsn) as connection:
+        row = connection.execute("SELECT current_user, rolsuper FROM pg_roles WHERE rolname = current_user").fetchone()
+    assert row == ("cdr_api", False)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "INSERT INTO v_xml_cdr (xml_cdr_uuid) VALUES (gen_random_uuid())",
+        "UPDATE v_xml_cdr SET billsec = 0",
+        "DELETE FROM v_xml_cdr",
+        "TRUNCATE v_xml_cdr",
+        "ALTER TABLE v_xml_cdr ADD x text",
+        "DROP TABLE v_xml_cdr",
+        "CREATE INDEX ON v_xml_cdr (billsec)",
+        "UPDATE v_domains SET domain_name = 'x'",
+        "DELETE FROM v_domains",
+        "SELECT * FROM v_extensions",
+        "SELECT * FROM v_xml_cdr_json",
+        "CREATE TABLE public.mine (x int)",
+        "CREATE VIEW cdr_api.mine AS SELECT 1",
+        "DROP TABLE cdr_api.tokens",
+        "UPDATE cdr_api.version SET version = 2",
+        "COPY (SELECT 1) TO PROGRAM 'true'",
+        "SELECT pg_read_file('/etc/passwd')",
+        "CREATE ROLE friend",
+    ],
+)
+def test_what_the_role_may_not_do(database: Database, statement: str) -> None:
+    with psycopg.connect(database.dsn) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
+        connection.execute(statement)
+
+
+def test_the_schema_may_be_run_again_and_loses_nothing(database: Database) -> None:
+    token = database.account("alpha.example.com")
+    tables = ("accounts", "grants", "tokens", "secrets", "version")
+    before = [database.execute(f"TABLE cdr_api.{table}") for table in tables]
+    with database.connect() as connection:
+        connection.execute((ROOT / "schema.sql").read_text("utf-8"))
+    assert [database.execute(f"TABLE cdr_api.{table}") for table in tables] == before
+    assert database.client(token).calls()
+
+
+def test_the_schema_fails_whole_where_there_is_no_fusionpbx(server: demo.PostgresServer) -> None:
+    with demo.connect(server) as connection:
+        connection.execute("CREATE DATABASE empty_of_fusionpbx")
+    with demo.connect(server, "empty_of_fusionpbx") as connection, pytest.raises(psycopg.errors.UndefinedTable):
+        connection.execute((ROOT / "schema.sql").read_text("utf-8"))
+    with demo.connect(server, "empty_of_fusionpbx") as connection:
+        assert connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = 'cdr_api'").fetchone() is None

@@ -1,0 +1,317 @@
+"""The stream: equal to PostgreSQL's own JSON, flat in memory, and visibly broken when it breaks."""
+
+from __future__ import annotations
+
+import csv
+import http.client
+import io
+import json
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode, urlsplit
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+import cdr_api
+from tests.conftest import Client, Database, DatabaseMaker, Gunicorn, problem, serve, wait_for
+
+TEXT_COLUMNS = ("caller_id_name", "last_arg", "xml", "accountcode")
+
+NASTY = st.text(
+    st.sampled_from("a\"\\\n\r\t\x7f\x00\x01\x1f\x85\u2028,;:{}[]é漢📞'N").filter(lambda c: c != "\x00"), max_size=12
+)
+ANYTHING = st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), max_size=30)
+FIXED = st.sampled_from(
+    [
+        "",
+        "\\N",
+        "\\.",
+        "null",
+        '"',
+        '""',
+        "\x7f",
+        "\x7f\x7f",
+        "a\x7f",
+        '\\"',
+        "\\",
+        "\\\\",
+        '"\x7f"',
+        "NaN",
+        "\r\n",
+        "\n",
+    ]
+)
+ROWS = st.lists(st.tuples(*[st.none() | NASTY | ANYTHING | FIXED] * len(TEXT_COLUMNS)), min_size=1, max_size=8)
+
+
+@pytest.fixture(scope="module")
+def nasty(make_database: DatabaseMaker) -> Database:
+    return make_database()
+
+
+@pytest.fixture(scope="module")
+def nasty_client(nasty: Database) -> Client:
+    return nasty.client(nasty.account("alpha.example.com"))
+
+
+@hypothesis.given(ROWS)
+@hypothesis.example([("\x7f", "\x01", "\n", "\t")])
+@hypothesis.example([("".join(map(chr, range(1, 128))), None, "", "plain"), ("a", "b", "c", "d")])
+@hypothesis.settings(
+    max_examples=150, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+def test_values_are_those_of_row_to_json(
+    nasty: Database, nasty_client: Client, rows: list[tuple[str | None, ...]]
+) -> None:
+    columns = ", ".join(TEXT_COLUMNS)
+    with nasty.connect() as connection:
+        connection.execute("TRUNCATE v_xml_cdr")
+        for i, row in enumerate(rows):
+            connection.execute(
+                f"INSERT INTO v_xml_cdr (xml_cdr_uuid, domain_name, end_stamp, {columns})"
+                " VALUES (gen_random_uuid(), 'alpha.example.com', to_timestamp(%s), %s, %s, %s, %s)",
+                [i, *row],
+            )
+        query = f"SELECT row_to_json(r)::text FROM (SELECT {columns} FROM v_xml_cdr ORDER BY end_stamp) AS r"
+        expected = [json.loads(row[0]) for row in connection.execute(query)]
+    fields = ",".join(TEXT_COLUMNS)
+    assert nasty_client.calls(fields=fields) == expected
+    lines = nasty_client.get("/api/calls", domain_name="alpha.example.com", fields=fields, format="ndjson").data
+    assert [json.loads(line) for line in lines.split(b"\n")[:-1]] == expected
+    table = nasty_client.get("/api/calls", domain_name="alpha.example.com", fields=fields, format="csv").data.decode()
+    assert list(csv.DictReader(io.StringIO(table, newline=""))) == [
+        {name: value or "" for name, value in row.items()} for row in expected
+    ]
+
+
+@hypothesis.given(st.lists(st.lists(NASTY | FIXED, min_size=3, max_size=3), min_size=1, max_size=5))
+def test_rows_are_taken_apart_by_cells(rows: list[list[str]]) -> None:
+    """Without a database: what copy_json writes (queries.sql), written by hand."""
+
+    def cell(text: str) -> bytes:
+        return b'"' + text.encode().replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"'
+
+    encoder = cdr_api.JsonRows(["a", "b", "c"], b",\n")
+    text = encoder.encode([memoryview(b"\x7f".join(map(cell, row)) + b"\n") for row in rows], b"[")
+    assert json.loads(text + b"]") == [dict(zip("abc", row, strict=True)) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def large(make_database: DatabaseMaker) -> Database:
+    """30,000 calls of alpha.example.com in some 50 MB of JSON."""
+    return make_database(calls=50_000, index=True)
+
+
+@pytest.fixture(scope="module")
+def token(large: Database) -> str:
+    return large.account("alpha.example.com")
+
+
+@pytest.fixture(scope="module")
+def gunicorn(large: Database) -> Iterator[Gunicorn]:
+    with serve(large.dsn) as running:
+        yield running
+
+
+def curl(url: str, token: str, *options: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        ["curl", "-sS", *options, "-H", f"Authorization: Bearer {token}", url], capture_output=True, check=False
+    )
+
+
+def calls_url(gunicorn: Gunicorn, **parameters: Any) -> str:
+    return f"{gunicorn.url}/api/calls?{urlencode({'domain_name': 'alpha.example.com'} | parameters)}"
+
+
+@pytest.mark.parametrize("kind", ["json", "ndjson", "csv"])
+def test_a_large_answer_is_whole(large: Database, gunicorn: Gunicorn, token: str, kind: str) -> None:
+    done = curl(calls_url(gunicorn, format=kind), token)
+    assert done.returncode == 0
+    text = done.stdout.decode()
+    if kind == "json":
+        calls = json.loads(text)
+    elif kind == "ndjson":
+        calls = [json.loads(line) for line in text.splitlines()]
+    else:
+        calls = list(csv.DictReader(io.StringIO(text, newline="")))
+    where = "WHERE domain_name = 'alpha.example.com' ORDER BY end_stamp, xml_cdr_uuid"
+    stored = large.execute(f"SELECT xml_cdr_uuid::text FROM v_xml_cdr {where}")
+    assert [call["xml_cdr_uuid"] for call in calls] == [row[0] for row in stored]
+
+
+def open_stream(gunicorn: Gunicorn, token: str, **parameters: Any) -> tuple[socket.socket, bytes]:
+    """A client that reads the first bytes of an answer and then stops reading."""
+    parts = urlsplit(calls_url(gunicorn, **parameters))
+    client = socket.create_connection((str(parts.hostname), int(parts.port or 0)))
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.sendall(
+        f"GET {parts.path}?{parts.query} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+    )
+    return client, client.recv(2000)
+
+
+def active_copies(database: Database) -> list[int]:
+    query = "SELECT pid FROM pg_stat_activity WHERE datname = %s AND usename = 'cdr_api' AND state = 'active'"
+    return [row[0] for row in database.execute(query, [database.name])]
+
+
+@pytest.mark.parametrize("kind", ["json", "ndjson", "csv"])
+def test_a_killed_backend_is_a_visibly_broken_answer(
+    large: Database, gunicorn: Gunicorn, token: str, kind: str
+) -> None:
+    command = [
+        "curl",
+        "-sS",
+        "--limit-rate",
+        "2M",
+        "-H",
+        f"Authorization: Bearer {token}",
+        calls_url(gunicorn, format=kind),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        begin = process.stdout.read(100_000)
+        (pid,) = wait_for(lambda: active_copies(large))
+        assert large.execute("SELECT pg_terminate_backend(%s)", [pid]) == [(True,)]
+        body = begin + process.stdout.read()
+    assert process.returncode == 18, process.returncode  # curl: partial file
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(body)
+    assert curl(calls_url(gunicorn, limit=3), token).returncode == 0
+
+
+def test_a_client_that_goes_away_frees_its_connection(large: Database, gunicorn: Gunicorn, token: str) -> None:
+    for _ in range(3):
+        client, begin = open_stream(gunicorn, token)
+        assert begin.startswith(b"HTTP/1.1 200 OK")
+        wait_for(lambda: active_copies(large))
+        client.close()
+        wait_for(lambda: not active_copies(large))
+    idle = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND usename = 'cdr_api' AND state LIKE 'idle in%%'"
+    assert large.execute(idle, [large.name]) == [(0,)]
+
+
+def test_closing_a_stream_cancels_the_query_and_keeps_the_connection(large: Database, token: str) -> None:
+    client = large.client(token)
+    pool = client.app.extensions["cdr_api"].calls.pool
+    for _ in range(5):
+        response = client.get("/api/calls", domain_name="alpha.example.com")
+        next(iter(response.response))
+        assert pool.get_stats()["pool_available"] == 0
+        response.close()
+        assert pool.get_stats()["pool_available"] == 1
+    assert pool.get_stats()["connections_num"] == 1  # the same one, all the time
+    assert len(client.calls(limit=5)) == 5
+
+
+def test_the_transaction_is_read_only_and_at_one_snapshot(large: Database, token: str) -> None:
+    client = large.client(token)
+    response = client.get("/api/calls", domain_name="alpha.example.com")
+    (row,) = large.execute("SELECT query FROM pg_stat_activity WHERE usename = 'cdr_api' AND state = 'active'")
+    assert row[0].startswith("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;")
+    response.close()
+
+
+def test_a_statement_that_fails_does_so_before_the_headers(make_database: DatabaseMaker) -> None:
+    database = make_database(release="4.2.2")
+    client = database.client(database.account("alpha.example.com"))
+    database.insert_call(end_stamp="no stamp at all", domain_name="alpha.example.com")
+    response = client.get("/api/calls", domain_name="alpha.example.com")
+    assert response.status_code == 500
+    assert "cannot be read" in problem(response)["message"]
+    assert client.calls(domain_name="alpha.example.com", fields="billsec", limit=1, direction="inbound") == []
+
+
+def test_a_statement_that_takes_too_long_is_504(large: Database, token: str) -> None:
+    client = large.client(token, large.app(CDR_API_STATEMENT_TIMEOUT="1ms"))
+    response = client.get("/api/calls", domain_name="alpha.example.com", hangup_cause="NOTHING")
+    assert response.status_code == 504
+    problem(response)
+    assert client.get("/api/domains").status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["ndjson", "csv"])
+def test_what_has_no_closing_bracket_is_refused_over_http_1_0(gunicorn: Gunicorn, token: str, kind: str) -> None:
+    done = curl(calls_url(gunicorn, format=kind), token, "--http1.0", "-w", "%{http_code}")
+    assert done.stdout.endswith(b"426")
+    envelope = json.loads(done.stdout.removesuffix(b"426"))
+    assert envelope["success"] is False
+    assert "proxy_http_version 1.1" in envelope["message"]
+    assert len(json.loads(curl(calls_url(gunicorn), token, "--http1.0").stdout)) > 29_000
+
+
+def read_all(url: str, token: str) -> int:
+    """The bytes of an answer, thrown away as they come."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(str(parts.hostname), parts.port)
+    connection.request("GET", f"{parts.path}?{parts.query}", headers={"Authorization": f"Bearer {token}"})
+    response = connection.getresponse()
+    assert response.status == 200
+    size = 0
+    while chunk := response.read(1 << 20):
+        size += len(chunk)
+    connection.close()
+    return size
+
+
+def peak_memory(pid: int) -> int:
+    """The peak of a process's resident memory since it was last reset, in bytes."""
+    for line in Path(f"/proc/{pid}/status").read_text("ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to see a process's peak memory"
+)
+@pytest.mark.parametrize("kind", ["json", "ndjson", "csv"])
+def test_memory_does_not_grow_with_the_answer(make_database: DatabaseMaker, kind: str) -> None:
+    """Some 300 MB of JSON in 30,000 rows: a worker may grow by 16 MB."""
+    database = make_database()
+    with database.connect() as connection:
+        connection.execute(
+            "INSERT INTO v_xml_cdr (xml_cdr_uuid, domain_name, end_stamp, caller_id_name, xml)"
+            " SELECT gen_random_uuid(), 'alpha.example.com', now() - i * interval '1 s', E'tab\\there',"
+            " repeat('0123456789', 1000)"
+            " FROM generate_series(1, 30000) AS i"
+        )
+    token = database.account("alpha.example.com")
+    with serve(database.dsn) as gunicorn:
+        read_all(calls_url(gunicorn, format=kind, limit=200), token)  # whatever is loaded once is loaded now
+        (pid,) = gunicorn.worker_pids()
+        Path(f"/proc/{pid}/clear_refs").write_text("5", "ascii")
+        before = peak_memory(pid)
+        assert read_all(calls_url(gunicorn, format=kind), token) > 290_000_000
+        assert peak_memory(pid) - before < 16 * 1024 * 1024
+
+
+def test_many_readers_at_once_get_their_own_answers(large: Database, gunicorn: Gunicorn) -> None:
+    tokens = {name: large.account(f"{name}.example.com") for name in ("alpha", "beta", "gamma")}
+    wrong: list[str] = []
+
+    def read(name: str) -> None:
+        url = f"{gunicorn.url}/api/calls?domain_name={name}.example.com&limit=500&fields=domain_name"
+        for _ in range(5):
+            calls = json.loads(curl(url, tokens[name]).stdout)
+            if len(calls) != 500 or {call["domain_name"] for call in calls} != {f"{name}.example.com"}:
+                wrong.append(name)
+
+    threads = [threading.Thread(target=read, args=[name]) for name in tokens for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_sync_worker_is_named_in_the_log(large: Database, token: str) -> None:
+    with serve(large.dsn, "--worker-class", "sync", "--threads", "1") as gunicorn:
+        curl(calls_url(gunicorn, limit=1), token)
+        wait_for(lambda: "sync worker" in gunicorn.log.read_text("utf-8"))
