@@ -52,7 +52,8 @@ def transaction() -> Iterator[Connection]:
 
 
 def connect(dsn: str) -> Connection:
-    return psycopg.connect(dsn, row_factory=dict_row, connect_timeout=5, client_encoding="UTF8")
+    # Prepared statements would stand in the way of PgBouncer.
+    return psycopg.connect(dsn, row_factory=dict_row, connect_timeout=5, client_encoding="UTF8", prepare_threshold=None)
 
 
 def find_account(connection: Connection, email: str) -> dict[str, Any]:
@@ -384,6 +385,9 @@ def check_columns(connection: Connection) -> Iterator[Finding]:
 
 def check_index(connection: Connection) -> Iterator[Finding]:
     """Whether an index serves the range of a day, from the plan of the real statement."""
+    for row in run(connection, "select_invalid_indexes"):
+        drop = f"DROP INDEX CONCURRENTLY {row['index_name']};"
+        yield BAD, "index", f"{row['index_name']} is the rest of a build that was interrupted: run {drop}"
     columns = find_columns(connection)
     conditions = " ".join(find_conditions(connection))
     if columns.get("end_stamp") == "timestamp with time zone":

@@ -240,16 +240,24 @@ def answer_unexpected(error: Exception) -> Response:
 # Database ---------------------------------------------------------------------
 
 
-def check_connection(connection: Connection) -> None:
-    """Raises OperationalError if the server has hung up on an idle connection.
+CONNECTION_DEFAULTS = {
+    "application_name": "cdr_api",
+    "connect_timeout": "5",  # seconds, as are the next two: a dead host is noticed within a minute
+    "keepalives_idle": "30",
+    "keepalives_interval": "10",
+    "keepalives_count": "3",
+}
 
-    An idle connection has nothing to say: only when bytes or the end of the
-    stream wait on it is a round trip worth its time.
+
+def is_alive(connection: Connection) -> bool:
+    """Whether an idle connection still has its server, without a round trip.
+
+    An idle server has nothing to say: bytes that wait, or the end of the
+    stream, are its farewell.
     """
     poll = select.poll()
     poll.register(connection.fileno(), select.POLLIN)
-    if poll.poll(0):
-        connection.execute("")
+    return not poll.poll(0)
 
 
 class Database:
@@ -261,10 +269,10 @@ class Database:
     """
 
     def __init__(self, dsn: str, settings: Settings) -> None:
-        defaults = {"connect_timeout": "5", "application_name": "cdr_api"}
         given = conninfo.conninfo_to_dict(dsn)
+        defaults = {name: value for name, value in CONNECTION_DEFAULTS.items() if name not in given}
         self.pool: ConnectionPool[Connection] = ConnectionPool(
-            conninfo.make_conninfo(dsn, **{name: value for name, value in defaults.items() if name not in given}),
+            conninfo.make_conninfo(dsn, **defaults),
             connection_class=psycopg.Connection[dict[str, Any]],
             kwargs={
                 "autocommit": True,
@@ -276,7 +284,6 @@ class Database:
             max_size=settings.threads,
             timeout=settings.pool_timeout / 1000,
             reconnect_timeout=1,
-            check=check_connection,
             open=False,
         )
 
@@ -290,11 +297,20 @@ class Database:
         try:
             yield connection
         finally:
-            self.pool.putconn(connection)
+            self.give_back(connection)
 
     def borrow(self) -> Connection:
+        """A checked connection, to be handed back by give_back."""
         self.pool.open()
-        return self.pool.getconn()
+        while not is_alive(connection := self.pool.getconn()):
+            connection.close()
+            self.pool.putconn(connection)  # which makes a new one
+        return connection
+
+    def give_back(self, connection: Connection) -> None:
+        """Takes a connection in any state: cancels what runs on it, rolls back."""
+        end_transaction(connection)
+        self.pool.putconn(connection)
 
     def rows(self, statement: str, **values: Any) -> list[dict[str, Any]]:
         """The rows of one statement of queries.sql, run by itself."""
@@ -361,10 +377,8 @@ class Faults:
 
 
 def refuse(name: str, fault: str) -> NoReturn:
-    faults = Faults()
-    faults.add(name, fault)
-    faults.raise_if_any()
-    raise AssertionError
+    """Raises ApiError 422 for one parameter."""
+    raise ApiError(422, f"{name} {fault}.", {name: [f"{name} {fault}."]})
 
 
 def parse_text(text: str) -> str:
@@ -894,6 +908,22 @@ def copy_begins(results: list[pq.abc.PGresult]) -> bool:
     return results[-1].status == pq.ExecStatus.COPY_OUT
 
 
+def copy_rows(pgconn: pq.abc.PGconn, patience: int | None = None) -> Iterator[memoryview]:
+    """The rows of the COPY that runs, its end of success or failure not yet read.
+
+    Raises psycopg.OperationalError when nothing comes for patience milliseconds.
+    """
+    poll = select.poll()
+    poll.register(pgconn.socket, select.POLLIN)
+    while (found := pgconn.get_copy_data(1))[0] >= 0:
+        if found[0]:
+            yield found[1]
+        elif poll.poll(patience):
+            pgconn.consume_input()
+        else:
+            raise psycopg.OperationalError("the server stopped in the middle of its answer")
+
+
 def copy_batches(connection: Connection, query: bytes) -> Iterator[list[memoryview]]:
     """The rows of the COPYs in a query, some BATCH_BYTES of them at a time.
 
@@ -905,18 +935,12 @@ def copy_batches(connection: Connection, query: bytes) -> Iterator[list[memoryvi
     pgconn = connection.pgconn
     pgconn.send_query(query)
     results = connection.wait(generators.execute(pgconn))
-    poll = select.poll()
-    poll.register(pgconn.socket, select.POLLIN)
     rows: list[memoryview] = []
     size = 0
     while copy_begins(results):
-        while (found := pgconn.get_copy_data(1))[0] >= 0:
-            if not found[0]:
-                poll.poll()
-                pgconn.consume_input()
-                continue
-            rows.append(found[1])
-            size += found[0]
+        for row in copy_rows(pgconn):
+            rows.append(row)
+            size += len(row)
             if size >= BATCH_BYTES:
                 yield rows
                 rows, size = [], 0
@@ -931,9 +955,9 @@ def end_transaction(connection: Connection) -> None:
     try:
         if pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
             connection.cancel_safe(timeout=5)
-            while pgconn.get_copy_data(0)[0] > 0:
+            for _ in copy_rows(pgconn, patience=5_000):
                 pass
-            connection.wait(generators.fetch_many(pgconn))
+            connection.wait(generators.fetch_many(pgconn), timeout=5)
         if pgconn.transaction_status != pq.TransactionStatus.IDLE:
             connection.rollback()
     except psycopg.Error:
@@ -951,17 +975,17 @@ class CallStream:
     connection back to its pool.
     """
 
-    def __init__(
-        self, database: Database, connection: Connection, query: bytes, kind: str, fields: Collection[str]
-    ) -> None:
+    def __init__(self, connection: Connection, query: bytes, kind: str, fields: Collection[str]) -> None:
         self.complete = False
-        self.database = database
-        self.connection: Connection | None = connection
+        self.owned = False  # until the first chunk is made, the connection is the caller's to give back
+        self.database = service().calls
+        self.connection = connection
         separator = b",\n" if kind == "json" else b"\n"
         encode = join_lines if kind == "csv" else JsonRows(fields, separator).encode
         opening, closing = (b"[", b"]\n") if kind == "json" else (b"", b"" if kind == "csv" else b"\n")
         self.chunks = self.read(copy_batches(connection, query), encode, opening, separator, closing)
         self.first: bytes | None = next(self.chunks, b"")
+        self.owned = True
 
     def read(
         self,
@@ -979,15 +1003,10 @@ class CallStream:
                 chunk = encode(rows, separator if chunk else opening)
             self.complete = True
         finally:
-            self.release()
+            if self.owned or self.complete:
+                self.database.give_back(self.connection)
         if chunk or opening:
             yield (chunk or opening) + closing
-
-    def release(self) -> None:
-        if self.connection:
-            connection, self.connection = self.connection, None
-            end_transaction(connection)
-            self.database.pool.putconn(connection)
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -1099,14 +1118,13 @@ class Window:
         First the calls that have an end stamp, then those that have none;
         never both in one page. Raises ApiError 422 for a bad cursor.
         """
-        dated = dict(self.values, limit=limit, offset=0, dated=True)
-        undated = dict(dated, dated=False, after_uuid=FIRST_UUID)
-        if cursor is None:
-            return [dated, undated] if self.may_be_undated and limit is None else [dated]
-        stamp, uuid = self.read_cursor(cursor)
-        if stamp is None:
-            return [dict(undated, after_uuid=uuid)]
-        dated.update(after_stamp=stamp, after_uuid=uuid)
+        dated = dict(self.values, limit=limit, offset=0, dated=True, header=True)
+        undated = dict(dated, dated=False, after_uuid=FIRST_UUID, header=False)
+        if cursor is not None:
+            stamp, uuid = self.read_cursor(cursor)
+            if stamp is None:
+                return [dict(undated, after_uuid=uuid, header=True)]
+            dated.update(after_stamp=stamp, after_uuid=uuid)
         return [dated, undated] if self.may_be_undated and limit is None else [dated]
 
     def read_cursor(self, cursor: str) -> tuple[str | None, str]:
@@ -1162,37 +1180,54 @@ def answer_calls(values: Mapping[str, Any]) -> Response:
     window = open_window(values)
     parts = window.parts(values["after"], values["limit"])
     fields = values["fields"] or FIELDS
-    warn_of_sync_worker()
-    settings = {
-        "statement_timeout": service().settings.statement_timeout,
-        "enable_sort": "on" if parts[0]["by"] == "start" else "off",
-        "time_zone": service().time_zone,
-    }
-    database, headers = service().calls, {}
-    connection = database.borrow()
-    try:
-        query = bind(connection, STATEMENTS["begin_read"].as_string(), settings)
+    headers = {}
+    with transaction(sort=parts[0]["by"] == "start") as (connection, begin):
+        statements = [begin]
         if values["limit"]:
-            connection.execute(query)
-            query = b""
+            connection.execute(statements.pop())
             if cursor := window.next_cursor(connection, parts[0]):
                 headers["Link"] = f'<{next_url(cursor)}>; rel="next"'
-        for part in parts:
-            query += b";" + bind(connection, compose_copy(kind, fields), part | {"header": part is parts[0]})
-        query += b"; COMMIT"
+        statements += [bind(connection, compose_copy(kind, fields), part) for part in parts]
+        stream = CallStream(connection, b";".join([*statements, b"COMMIT"]), kind, fields)
+    return answer_stream(stream, kind, headers)
+
+
+@contextmanager
+def transaction(*, sort: bool) -> Iterator[tuple[Connection, bytes]]:
+    """A connection for calls and what opens its transaction; both are the block's to hand on.
+
+    Takes the connection back if the block fails. sort: whether the planner may
+    sort instead of going through an index in its order.
+    """
+    warn_of_sync_worker()
+    values = {
+        "statement_timeout": service().settings.statement_timeout,
+        "enable_sort": "on" if sort else "off",
+        "time_zone": service().time_zone,
+    }
+    connection = service().calls.borrow()
+    try:
+        yield connection, bind(connection, STATEMENTS["begin_read"].as_string(), values)
     except BaseException:
-        end_transaction(connection)
-        database.pool.putconn(connection)
+        service().calls.give_back(connection)
         raise
-    stream = CallStream(database, connection, query, kind, fields)
+
+
+def answer_stream(stream: CallStream, kind: str, headers: Mapping[str, str]) -> Response:
+    """A stream as a response; with its length if it is complete already."""
     content_type = FORMATS[kind] + ("; charset=utf-8" if kind == "csv" else "")
     body: bytes | CallStream = b"".join(stream) if stream.complete else stream
     return Response(body, 200, headers, content_type=content_type, direct_passthrough=not stream.complete)
 
 
 def next_url(cursor: str) -> str:
+    """The request's own URL with another cursor, as the client would write it.
+
+    A trusted proxy says by X-Forwarded-Prefix what its public path is for /api.
+    """
     pairs = [(name, value) for name, value in read_pairs(request.query_string) if name != "after"]
-    return f"{request.base_url}?{urlencode([*pairs, ('after', cursor)])}"
+    path = request.script_root + request.path.removeprefix("/api") if request.script_root else request.path
+    return f"{request.host_url.rstrip('/')}{path}?{urlencode([*pairs, ('after', cursor)])}"
 
 
 @functools.cache

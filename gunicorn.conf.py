@@ -35,8 +35,11 @@ timeout = 60
 graceful_timeout = 30
 keepalive = 15
 limit_request_line = 8190
-# Nothing in front is trusted to name the client; that is CDR_API_PROXIES' part.
+control_socket_disable = True
+# No header is believed here, not even by a unix socket; that is CDR_API_PROXIES' part.
 forwarded_allow_ips = ""
+forwarder_headers = ""
+secure_scheme_headers: dict[str, str] = {}
 
 
 def when_ready(server: Arbiter) -> None:

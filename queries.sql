@@ -308,6 +308,12 @@ SELECT a.attname AS column_name, format_type(a.atttypid, NULL) AS data_type
   FROM pg_attribute AS a
  WHERE a.attrelid = to_regclass('v_xml_cdr') AND a.attnum > 0 AND NOT a.attisdropped;
 
+-- name: select_invalid_indexes
+-- One row is an index of v_xml_cdr that CREATE INDEX CONCURRENTLY left unfinished.
+SELECT indexrelid::regclass::text AS index_name
+  FROM pg_index
+ WHERE indrelid = to_regclass('v_xml_cdr') AND NOT indisvalid;
+
 -- name: forbid_scans
 -- For explain: its answer must not depend on how small the table is today.
 SET LOCAL enable_seqscan = off;

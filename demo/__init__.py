@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 RELEASES = ("4.2.2", "4.4.1", "5.0.1", "5.1.0", "5.2.0", "5.3.0", "5.4.4", "5.5.7", "master")
 NEWEST = "5.5.7"
 DOMAINS = ("alpha.example.com", "beta.example.com", "gamma.example.com")
+STEP = 10_000  # rows of one INSERT
 INDEX = "CREATE INDEX cdr_api_calls ON v_xml_cdr (domain_name, end_stamp, xml_cdr_uuid)"
 
 Connection = psycopg.Connection[Any]
@@ -128,18 +129,7 @@ def add_calls(
     xml_bytes is the length of each call's xml (0: none, as FusionPBX does by
     default). progress is told the rows of each step.
     """
-    query = (HERE / "calls.sql").read_text("utf-8")
-    invented = connection.execute(
-        f"SELECT * FROM ({query}) AS call",
-        {"first": 1, "last": 0, "total": 1, "days": 1, "until": 0, "domains": list(domains), "xml_bytes": 0},
-    )
-    assert invented.description
-    expressions = {column.name: column.name for column in invented.description} | habits(release)
-    columns = [column for column in read_columns(release) if column in expressions]
-    insert = (
-        f"INSERT INTO v_xml_cdr ({', '.join(columns)}) "
-        f"SELECT {', '.join(expressions[column] for column in columns)} FROM ({query}) AS call"
-    )
+    insert = compose_insert(connection, release)
     values = {
         "total": calls,
         "days": days,
@@ -147,12 +137,22 @@ def add_calls(
         "domains": list(domains),
         "xml_bytes": xml_bytes,
     }
-    step = 10_000
-    for first in range(1, calls + 1, step):
-        last = min(first + step - 1, calls)
+    for first in range(1, calls + 1, STEP):
+        last = min(first + STEP - 1, calls)
         connection.execute(insert, {**values, "first": first, "last": last})
         progress(last - first + 1)
     connection.execute("VACUUM (ANALYZE) v_xml_cdr")
+
+
+def compose_insert(connection: Connection, release: str) -> str:
+    """calls.sql into the columns that a release has, with its habits."""
+    query = (HERE / "calls.sql").read_text("utf-8")
+    no_rows = {"first": 1, "last": 0, "total": 1, "days": 1, "until": 0, "domains": [""], "xml_bytes": 0}
+    description = connection.execute(query, no_rows).description or ()
+    expressions = {column.name: column.name for column in description} | habits(release)
+    columns = [column for column in read_columns(release) if column in expressions]
+    selected = ", ".join(expressions[column] for column in columns)
+    return f"INSERT INTO v_xml_cdr ({', '.join(columns)}) SELECT {selected} FROM ({query}) AS call"
 
 
 def add_imported_calls(connection: Connection) -> None:

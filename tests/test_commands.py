@@ -213,6 +213,17 @@ def test_check_prints_the_index_that_is_missing_and_it_helps(make_database: Data
     assert check(database.app())[1]["index"].startswith("✓")
 
 
+def test_check_names_an_index_whose_build_was_interrupted(make_database: DatabaseMaker) -> None:
+    database = make_database(calls=300, index=True)
+    # As an interrupted CREATE INDEX CONCURRENTLY leaves it.
+    database.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'cdr_api_calls'::regclass")
+    status, lines = check(database.app())
+    assert status == 1
+    output = flask(database.app(), "check").output
+    assert "✗ index              cdr_api_calls is the rest of a build that was interrupted" in output
+    assert lines["index"].startswith("✗ index              no index serves ranges")
+
+
 def test_check_prints_an_index_for_4_x_too(make_database: DatabaseMaker) -> None:
     database = make_database("4.2.2", calls=300)
     status, lines = check(database.app())

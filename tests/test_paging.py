@@ -89,6 +89,15 @@ def test_link_keeps_the_parameters_and_is_absolute(client: Client) -> None:
     assert re.fullmatch(r"[A-Za-z0-9_.-]+", after)
 
 
+def test_link_behind_a_proxy_is_what_the_client_would_write(database: Database) -> None:
+    forged = {"X-Forwarded-Prefix": "/cdr-api", "X-Forwarded-Host": "pbx.example.com", "X-Forwarded-Proto": "https"}
+    token = database.account("alpha.example.com")
+    url = "/api/calls?domain_name=alpha.example.com&limit=1"
+    for proxies, begin in (("1", "https://pbx.example.com/cdr-api/calls?"), ("0", "http://localhost/api/calls?")):
+        client = database.client(token, database.app(CDR_API_PROXIES=proxies))
+        assert (next_link(client.send("GET", url, headers=forged)) or "").startswith(begin)
+
+
 def test_after_without_a_limit_is_all_the_rest(client: Client) -> None:
     response = client.get("/api/calls", domain_name="alpha.example.com", limit=10)
     after = parse_qs(urlsplit(next_link(response) or "").query)["after"][0]
