@@ -38,7 +38,7 @@ def one_line_errors(command: Callable[Parameters, Result]) -> Callable[Parameter
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         try:
             return command(*args, **kwargs)
-        except psycopg.Error as error:
+        except (psycopg.Error, UnicodeError) as error:
             raise click.ClickException(" ".join(str(error).split())) from None
 
     return wrapped
@@ -295,7 +295,9 @@ def run_checks() -> Iterator[Finding]:
     yield from check_settings(settings, os.environ)
     yield from check_server("CDR_API_DSN", settings.dsn, (check_role, check_side_tables, check_accounts))
     variable = "CDR_API_CALLS_DSN" if settings.calls_dsn else "calls"
-    calls_checks = (check_columns, check_index, check_time_zone, check_clock)
+    calls_checks = [check_columns, check_index, check_stray_calls, check_time_zone, check_clock]
+    if settings.calls_dsn:
+        calls_checks.insert(0, check_role)
     yield from check_server(variable, settings.calls_dsn or settings.dsn, calls_checks)
 
 
@@ -344,8 +346,8 @@ def check_role(connection: Connection) -> Iterator[Finding]:
     if found["superuser"]:
         yield BAD, "role", f"{role} is a superuser: log in as cdr_api, the role that schema.sql makes"
     elif found["may_write"]:
-        revoke = f"REVOKE INSERT, UPDATE, DELETE, TRUNCATE ON v_xml_cdr FROM {role};"
-        yield BAD, "role", f"{role} may write v_xml_cdr: {revoke}"
+        revoke = f"REVOKE INSERT, UPDATE, DELETE, TRUNCATE ON v_xml_cdr, v_domains FROM {role};"
+        yield BAD, "role", f"{role} may write v_xml_cdr or v_domains: {revoke}"
     elif not found["may_read"]:
         yield BAD, "role", f"{role} may not read v_xml_cdr and v_domains: run schema.sql"
     else:
@@ -376,9 +378,11 @@ def check_columns(connection: Connection) -> Iterator[Finding]:
     if not columns:
         yield BAD, "columns", "there is no table v_xml_cdr: is this FusionPBX's database?"
         return
-    if "uuid" in columns:  # what 4.x calls the key
-        columns["xml_cdr_uuid"] = "uuid"
+    renamed = {"xml_cdr_uuid"} if "uuid" in columns and "xml_cdr_uuid" not in columns else set()  # 4.x's key
+    columns |= dict.fromkeys(renamed, "uuid")
     lacking = [name for name in cdr_api.FIELDS if name not in columns]
+    if {"uuid", "xml_cdr_uuid"} <= columns.keys() - renamed:
+        yield BAD, "columns", "there are both uuid and xml_cdr_uuid: which one is the key cannot be told"
     text = f"{len(lacking)} of the 66 fields are always null here: {', '.join(lacking)}" if lacking else "all 66 fields"
     yield GOOD, "columns", text
 
@@ -408,9 +412,16 @@ def check_index(connection: Connection) -> Iterator[Finding]:
 
 def find_conditions(connection: Connection) -> Iterator[str]:
     """The index conditions in the plan for one day of a domain."""
-    day = {"after_stamp": "2026-01-01", "after_uuid": cdr_api.LAST_UUID, "to": "2026-01-02", "from": "2026-01-01"}
-    values = {**dict.fromkeys(cdr_api.FILTERS), **day, "domain_name": "", "by": "end", "dated": True}
-    values |= {"billable_only": False, "limit": None, "offset": 0}
+    values = cdr_api.select_values(dict.fromkeys(cdr_api.FILTERS)) | {
+        "domain_name": "",
+        "domain_names": [],
+        "domain_uuids": [],
+        "other_uuids": [],
+        "by": "end",
+        "part": "dated",
+        "after_stamp": "2026-01-01",
+        "to": "2026-01-02",
+    }
     select_calls = cdr_api.compose_select(cdr_api.FIELDS)
     explain = cdr_api.STATEMENTS["explain"].as_string()
     query = cdr_api.bind(connection, f"{explain} {select_calls}", values)
@@ -423,13 +434,30 @@ def find_conditions(connection: Connection) -> Iterator[str]:
         yield node.get("Index Cond", "")
 
 
+def check_stray_calls(connection: Connection) -> Iterator[Finding]:
+    """Calls imported after FusionPBX renamed their domain: nobody is shown them."""
+    if not run(connection, "find_table", name="v_domains")[0]["found"]:
+        return  # an archive need not have it
+    calls = run(connection, "count_stray_calls")[0]["calls"]
+    if calls:
+        update = (
+            "UPDATE v_xml_cdr AS c SET domain_name = d.domain_name FROM v_domains AS d"
+            " WHERE c.domain_uuid = d.domain_uuid AND c.domain_name IS DISTINCT FROM d.domain_name;"
+        )
+        yield BAD, "stray calls", f"{calls} bear another name than their domain has; as FusionPBX does: {update}"
+    else:
+        yield GOOD, "stray calls", "every call bears the name of its domain"
+
+
 def check_time_zone(connection: Connection) -> Iterator[Finding]:
     chosen = service().settings.timezone
     zone = chosen or connection.info.parameter_status("TimeZone") or "UTC"
     try:
         cdr_api.read_zone(zone)
-    except ValueError:
-        yield BAD, "time zone", f"{zone}, the database's, is no name of a time zone: set CDR_API_TIMEZONE"
+        with connection.transaction(force_rollback=True):
+            run(connection, "try_time_zone", time_zone=zone)
+    except (ValueError, psycopg.DataError):
+        yield BAD, "time zone", f"{zone} is not a time zone that both sides know: set CDR_API_TIMEZONE"
     else:
         yield GOOD, "time zone", f"{zone}, by {'CDR_API_TIMEZONE' if chosen else 'the database'}"
 

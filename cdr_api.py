@@ -12,6 +12,10 @@ Read this module from top to bottom; each part needs only those above it:
     Accounts         register, login, logout
     Stream           rows of COPY as JSON, NDJSON or CSV, batch by batch
     Calls            calls, call_range, domains
+    Feed             call_feed: each call once, in the order of becoming visible
+    Totals           call_totals: counts, sums and digests to compare with
+    Lookup           call_lookup: which calls of a list exist
+    Concurrency      concurrent_calls_by_domain, active_calls_by_domain
     Health           health
     Application      create_app
 
@@ -33,7 +37,7 @@ import select
 import zoneinfo
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,7 +51,8 @@ from flask_httpauth import HTTPTokenAuth
 from psycopg import conninfo, generators, pq, sql
 from psycopg.rows import dict_row
 from psycopg_pool import ConnectionPool
-from werkzeug.exceptions import HTTPException
+from werkzeug.datastructures import MIMEAccept
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.security import check_password_hash, generate_password_hash
 
@@ -125,6 +130,7 @@ class Settings:
     statement_timeout: int = field(default=3_600_000, metadata={"read": read_milliseconds})
     pool_timeout: int = field(default=5_000, metadata={"read": read_milliseconds})
     workers: int = field(default=os.cpu_count() or 1, metadata={"read": read_integer(1, 256)})
+    lookback_days: int = field(default=45, metadata={"read": read_integer(1, 3650)})
     threads: int = field(default=8, metadata={"read": read_integer(1, 256)})
 
     @classmethod
@@ -210,6 +216,7 @@ NOT_SET_UP = (
     psycopg.errors.UndefinedColumn,
     psycopg.errors.InvalidSchemaName,
     psycopg.errors.InsufficientPrivilege,
+    psycopg.errors.InvalidParameterValue,  # a time zone that the server does not know
 )
 AWAY = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction)
 
@@ -394,6 +401,13 @@ def parse_uuid(text: str) -> str:
         raise ValueError("must be a UUID such as 0b9e2f6c-6a53-4c0e-9c5e-0d9c4b3f7a11") from None
 
 
+def parse_uuids(value: Any) -> list[str]:
+    """UUIDs of a JSON list, each once."""
+    if not isinstance(value, list) or not 1 <= len(value) <= 10_000:
+        raise ValueError("must be a list of 1 to 10,000 UUIDs")
+    return list(dict.fromkeys(parse_uuid(check_text(uuid)) for uuid in value))
+
+
 def parse_flag(text: str) -> bool:
     return read_choice("true", "false")(text) == "true"
 
@@ -413,6 +427,9 @@ def read_body() -> list[tuple[str, Any]]:
     if request.mimetype == "multipart/form-data":
         return [*request.form.items(multi=True), *request.files.items(multi=True)]
     body = request.get_data()
+    # Of a body that does not say its length, werkzeug reads so much and no more.
+    if request.content_length is None and len(body) >= current_app.config["MAX_CONTENT_LENGTH"]:
+        raise RequestEntityTooLarge
     if not body:
         return []
     if request.mimetype == "application/json":
@@ -465,7 +482,8 @@ def parse_pairs(pairs: Iterable[tuple[str, Any]], parsers: Parsers, required: Co
     for name, parse in parsers.items():
         try:
             if name in given:
-                values[name] = parse(parse_text(check_text(given[name])))
+                value = given[name]
+                values[name] = parse(value if parse is parse_uuids else parse_text(check_text(value)))
             if name in required and values[name] in (None, ""):
                 raise ValueError("is required")
         except ValueError as error:
@@ -482,7 +500,7 @@ def refuse_secrets_in_query() -> None:
     """Before every request: a query string ends up in logs and histories."""
     for name, _ in read_pairs(request.query_string):
         if name.lower() in SECRETS_IN_QUERY:
-            where = "the body of a POST" if name.startswith("password") else "the header Authorization: Bearer"
+            where = "the body of a POST" if name.lower().startswith("password") else "the header Authorization: Bearer"
             refuse(name, f"must not stand in the URL, which proxies and servers log; it belongs in {where}")
 
 
@@ -492,7 +510,7 @@ MOMENT = re.compile(
     r"(?P<day>\d{4}-\d\d-\d\d)"
     r"([T ](?P<hour>\d\d)(:(?P<minute>\d\d)(:(?P<second>\d\d)(\.(?P<fraction>\d{1,6}))?)?)?"
     # A "+" that was not escaped in a URL arrives as a blank.
-    r"((?P<utc>Z)|(?P<sign>[-+ ])(?P<hours>\d\d):?(?P<minutes>\d\d))?)?",
+    r"((?P<utc>Z)|(?P<sign>[-+ ])(?P<hours>\d\d)(:?(?P<minutes>\d\d))?)?)?",
     re.ASCII | re.IGNORECASE,
 )
 EPOCH = re.compile(r"(?P<second>\d{9,10})(\.(?P<fraction>\d{1,6}))?", re.ASCII)
@@ -571,9 +589,9 @@ def read_offset(match: re.Match[str]) -> tzinfo | None:
         return UTC
     if not match["sign"]:
         return None
-    if int(match["hours"]) > 15 or int(match["minutes"]) > 59:
+    distance = timedelta(hours=int(match["hours"]), minutes=int(match["minutes"] or 0))
+    if int(match["hours"]) > 15 or int(match["minutes"] or 0) > 59:
         raise ValueError
-    distance = timedelta(hours=int(match["hours"]), minutes=int(match["minutes"]))
     return timezone(-distance if match["sign"] == "-" else distance)
 
 
@@ -602,17 +620,21 @@ def clamp(find: Callable[[], datetime], limit: datetime) -> datetime:
         return limit
 
 
-def read_range(first: Moment, last: Moment) -> tuple[datetime, datetime]:
+def find_zone(name: str) -> tzinfo:
+    try:
+        return zoneinfo.ZoneInfo(name)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError):
+        raise ApiError(503, "The database's time zone is not a known one: set CDR_API_TIMEZONE.") from None
+
+
+def read_range(first: Moment, last: Moment, zone_name: str) -> tuple[datetime, datetime]:
     """The instants [from, to) of a range; ApiError 422 if it is the wrong way round."""
-    zone: tzinfo = UTC
-    if not (first.start.tzinfo and last.start.tzinfo):
-        try:
-            zone = zoneinfo.ZoneInfo(service().time_zone)
-        except (zoneinfo.ZoneInfoNotFoundError, ValueError):
-            raise ApiError(503, "The database's time zone is not a known one: set CDR_API_TIMEZONE.") from None
+    zone = UTC if first.start.tzinfo and last.start.tzinfo else find_zone(zone_name)
     start = max(clamp(lambda: first.first(zone), EARLIEST), EARLIEST)
     end = clamp(lambda: last.end(zone), LATEST)
-    if start >= end:
+    # A range within an hour that the clock skips is empty, not the wrong way round.
+    local = first.start.tzinfo is None and last.start.tzinfo is None
+    if start > end or (start == end and not (local and first.start <= last.start)):
         refuse("from", "must not be after to")
     return start, end
 
@@ -667,19 +689,28 @@ def current_account() -> Account:
     return account
 
 
-def check_domain(domain_name: str) -> None:
-    """The one place that decides whether an account may read a domain.
+def read_domains(domain_name: str | None) -> dict[str, Any]:
+    """The one place that decides which domains a request may read.
 
+    One by its name, or (None) all of the account; as the values domain_name,
+    domain_names, domain_uuids and other_uuids of matching_calls (queries.sql).
     Raises ApiError 403, the same for a foreign domain and for none; 404 only
     for accounts that may read all. FusionPBX does not keep names unique
     (FACTS): a name is readable when every domain that bears it is.
     """
     account = current_account()
+    if domain_name is None:
+        found = service().accounts.rows("find_domains", account_id=account.account_id, all_domains=account.all_domains)[
+            0
+        ]
+        return {"domain_name": None} | {name: value or [] for name, value in found.items()}
     found = service().accounts.rows("find_domain", account_id=account.account_id, domain_name=domain_name)[0]
     if account.all_domains and not found["domains"]:
         raise ApiError(404, "There is no such domain.")
     if not account.all_domains and not 0 < found["domains"] == found["granted"]:
         raise ApiError(403, "This account may not read this domain.")
+    uuids = {name: found[name] or [] for name in ("domain_uuids", "other_uuids")}
+    return {"domain_name": domain_name, "domain_names": [domain_name]} | uuids
 
 
 # Accounts ---------------------------------------------------------------------
@@ -708,7 +739,8 @@ def parse_name(text: str) -> str:
 
 def check_password(password: str, email: str) -> None:
     """Raises ValueError unless the password keeps the rule of the README."""
-    kinds = (str.islower, str.isupper, str.isdigit, lambda c: not c.isalnum())
+    named = (str.islower, str.isupper, str.isdigit)
+    kinds = (*named, lambda c: not any(kind(c) for kind in named))
     variety = sum(any(kind(c) for c in password) for kind in kinds)
     if len(password.encode()) > 1024:
         raise ValueError("must be at most 1024 bytes long")
@@ -852,12 +884,8 @@ BATCH_BYTES = 32 * 1024  # of COPY output; larger batches leave the processor's 
 
 DEL = b"\x7f"
 PRINTABLE = bytes(range(32, 256))
-CONTROL = re.compile(rb"[\x00-\x1f]")
+ESCAPES = {control: b"\\u%04x" % control for control in range(32)} | {10: b"\\n", 9: b"\\t", 13: b"\\r"}
 CELL = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[^\x7f"]+', re.DOTALL)
-
-
-def escape_control(match: re.Match[bytes]) -> bytes:
-    return b"\\u%04x" % match[0][0]
 
 
 class JsonRows:
@@ -879,10 +907,8 @@ class JsonRows:
         """The objects of some rows, the separator between them, opening before them."""
         text = DEL.join([row[:-1] for row in rows])
         # Without the rows' own line ends, every control character left stands inside a string.
-        if controls := text.translate(None, PRINTABLE):
-            text = text.replace(b"\n", b"\\n").replace(b"\t", b"\\t").replace(b"\r", b"\\r")
-            if controls.translate(None, b"\n\t\r"):
-                text = CONTROL.sub(escape_control, text)
+        for control in set(text.translate(None, PRINTABLE)):
+            text = text.replace(bytes([control]), ESCAPES[control])
         cells = text.split(DEL)
         if len(cells) != self.width * len(rows):  # a value holds the delimiter
             cells = CELL.findall(text)
@@ -975,14 +1001,22 @@ class CallStream:
     connection back to its pool.
     """
 
-    def __init__(self, connection: Connection, query: bytes, kind: str, fields: Collection[str]) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        query: bytes,
+        kind: str,
+        fields: Collection[str],
+        ends: tuple[bytes, bytes] | None = None,
+    ) -> None:
         self.complete = False
         self.owned = False  # until the first chunk is made, the connection is the caller's to give back
+        self.kind = kind
         self.database = service().calls
         self.connection = connection
         separator = b",\n" if kind == "json" else b"\n"
         encode = join_lines if kind == "csv" else JsonRows(fields, separator).encode
-        opening, closing = (b"[", b"]\n") if kind == "json" else (b"", b"" if kind == "csv" else b"\n")
+        opening, closing = ends or {"json": (b"[", b"]\n"), "ndjson": (b"", b"\n"), "csv": (b"", b"")}[kind]
         self.chunks = self.read(copy_batches(connection, query), encode, opening, separator, closing)
         self.first: bytes | None = next(self.chunks, b"")
         self.owned = True
@@ -1064,9 +1098,9 @@ CALL_RANGE: Parsers = {**CALLS, "from": parse_moment, "to": parse_moment}
 def choose_format(wanted: str | None) -> str:
     """json, ndjson or csv, by format= or Accept; ApiError 406 or 426."""
     if wanted is None:
-        mimetype = (
-            request.accept_mimetypes.best_match(FORMATS.values()) if request.accept_mimetypes else "application/json"
-        )
+        # Without the parameters of a type, such as charset.
+        accepted = MIMEAccept([(name.partition(";")[0].strip(), q) for name, q in request.accept_mimetypes])
+        mimetype = accepted.best_match(FORMATS.values()) if accepted else FORMATS["json"]
         wanted = next((kind for kind, name in FORMATS.items() if name == mimetype), "")
     if wanted not in FORMATS:
         raise ApiError(406, f"The format must be one of {', '.join(FORMATS)}.", {"format": list(FORMATS)})
@@ -1092,7 +1126,8 @@ def name_columns(fields: Iterable[str], *table: str) -> sql.Composable:
 @functools.lru_cache(maxsize=256)
 def compose_select(fields: tuple[str, ...]) -> str:
     """select_calls with its columns."""
-    return STATEMENTS["select_calls"].format(columns=name_columns(fields, "calls")).as_string()
+    columns = name_columns(fields, "calls")
+    return STATEMENTS["select_calls"].format(columns=columns, matching_calls=STATEMENTS["matching_calls"]).as_string()
 
 
 @functools.lru_cache(maxsize=256)
@@ -1104,106 +1139,133 @@ def compose_copy(kind: str, fields: tuple[str, ...]) -> str:
     return statement.format(query=sql.SQL(compose_select(fields)), force_quote=force_quote).as_string()
 
 
+# End stamp and uuid of a call, what its page ends with; (None, None) stands
+# before the calls that have no end stamp.
+Key = tuple[str | None, str | None]
+
+
 @dataclass(frozen=True)
 class Window:
-    """Which calls of a domain are asked for, as values of select_calls."""
+    """Which calls are asked for, as values of select_calls."""
 
     values: Mapping[str, Any]
     may_be_undated: bool
-    signer: itsdangerous.URLSafeSerializer
 
-    def parts(self, cursor: str | None, limit: int | None) -> list[dict[str, Any]]:
+    def parts(self, key: Key | None, limit: int | None) -> list[dict[str, Any]]:
         """The values of each statement that answers a request.
 
         First the calls that have an end stamp, then those that have none;
-        never both in one page. Raises ApiError 422 for a bad cursor.
+        never both in one page.
         """
-        dated = dict(self.values, limit=limit, offset=0, dated=True, header=True)
-        undated = dict(dated, dated=False, after_uuid=FIRST_UUID, header=False)
-        if cursor is not None:
-            stamp, uuid = self.read_cursor(cursor)
+        dated = dict(self.values, limit=limit, part="dated", header=True)
+        undated = dict(dated, part="undated", after_uuid=None, header=False)
+        if key is not None:
+            stamp, uuid = key
             if stamp is None:
                 return [dict(undated, after_uuid=uuid, header=True)]
             dated.update(after_stamp=stamp, after_uuid=uuid)
         return [dated, undated] if self.may_be_undated and limit is None else [dated]
 
-    def read_cursor(self, cursor: str) -> tuple[str | None, str]:
-        try:
-            stamp, uuid = self.signer.loads(cursor)
-        except itsdangerous.BadData:
-            refuse("after", "is not a cursor that this service gave for this request; take it from the Link header")
-        return stamp, uuid
-
-    def next_cursor(self, connection: Connection, page: Mapping[str, Any]) -> str | None:
-        """The cursor behind a page of page["limit"] calls; None if nothing follows."""
+    def next_key(self, connection: Connection, page: Mapping[str, Any]) -> Key | None:
+        """The key behind a page of page["limit"] calls; None if nothing follows."""
         keys = find_keys(connection, dict(page, limit=2, offset=page["limit"] - 1))
         if len(keys) == 2:
-            return self.dump(keys[0])
-        undated = dict(page, limit=1, dated=False, after_uuid=FIRST_UUID)
-        if page["dated"] and self.may_be_undated and find_keys(connection, undated):
-            return self.dump([None, FIRST_UUID])
+            return keys[0]
+        undated = dict(page, limit=1, part="undated", after_uuid=None)
+        if page["part"] == "dated" and self.may_be_undated and find_keys(connection, undated):
+            return (None, None)
         return None
 
-    def dump(self, key: list[str | None]) -> str:
-        return str(self.signer.dumps(key))
 
-
-def find_keys(connection: Connection, values: Mapping[str, Any]) -> list[list[str | None]]:
-    """The keys, end stamp and uuid, of the selected calls."""
+def find_keys(connection: Connection, values: Mapping[str, Any]) -> list[Key]:
+    """The keys of the selected calls."""
     query = bind(connection, compose_select(("end_stamp", "xml_cdr_uuid")), values)
-    return [[row["end_stamp"], str(row["xml_cdr_uuid"])] for row in connection.execute(query)]
+    return [(row["end_stamp"], str(row["xml_cdr_uuid"])) for row in connection.execute(query)]
 
 
-def open_window(values: Mapping[str, Any]) -> Window:
-    """The window of a request's parameters; ApiError 422 for a wrong range."""
+def select_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of select_calls for a request's filters: every call of no domain yet."""
+    found = {name: values[name] for name in FILTERS} | {"billable_only": bool(values["billable_only"])}
+    found |= dict.fromkeys(("from", "to", "uuids", "low", "high", "limit"))
+    return found | {"by": "", "part": "both", "after_stamp": "-infinity", "after_uuid": FIRST_UUID, "offset": 0}
+
+
+def range_values(values: Mapping[str, Any], zone: str) -> dict[str, Any]:
+    """The values of select_calls for a request's filters and range; ApiError 422 for a wrong range."""
     by = values["by"] or "end"
-    found = {name: values[name] for name in ("domain_name", *FILTERS)}
-    found.update(by=by if "from" in values else "", billable_only=bool(values["billable_only"]))
-    found.update({"from": None, "to": None, "after_stamp": "-infinity", "after_uuid": FIRST_UUID})
-    if "from" in values:
-        start, end = read_range(values["from"], values["to"])
-        found.update({"from": start.isoformat(), "to": end.isoformat()})
-        if by == "end":  # the window begins behind the last possible key before it
-            before = start - timedelta(microseconds=1)
-            found.update(after_stamp=before.isoformat(), after_uuid=LAST_UUID)
-    purpose = json.dumps([current_account().account_id, request.path, found])
-    signer = itsdangerous.URLSafeSerializer(
-        service().secret, salt=purpose, signer_kwargs={"digest_method": hashlib.sha256}
+    start, end = read_range(values["from"], values["to"], zone)
+    found = select_values(values) | {"by": by, "from": start.isoformat(), "to": end.isoformat()}
+    if by == "end":  # the window begins behind the last possible key before it
+        before = start - timedelta(microseconds=1)
+        found |= {"part": "dated", "after_stamp": before.isoformat(), "after_uuid": LAST_UUID}
+    return found
+
+
+def write_cursor(purpose: Any, content: Any) -> str:
+    """A signed text that is good for one purpose."""
+    return str(find_signer(purpose).dumps(content))
+
+
+def read_cursor(purpose: Any, parameter: str, text: str) -> Any:
+    """The content of a signed text; ApiError 422 unless it is what write_cursor wrote."""
+    signer = find_signer(purpose)
+    try:
+        content = signer.loads(text)
+    except itsdangerous.BadData:
+        content = None
+    # Base64 reads some changed texts as the same bytes.
+    if content is None or signer.dumps(content) != text:
+        refuse(parameter, "is no cursor that this service gave for this request, or was changed")
+    return content
+
+
+def find_signer(purpose: Any) -> itsdangerous.URLSafeSerializer:
+    return itsdangerous.URLSafeSerializer(
+        service().secret, salt=json.dumps(purpose), signer_kwargs={"digest_method": hashlib.sha256}
     )
-    return Window(found, may_be_undated="from" not in values or by == "start", signer=signer)
 
 
 def answer_calls(values: Mapping[str, Any]) -> Response:
     """Streams the calls of a request's parameters."""
     kind = choose_format(values["format"])
-    check_domain(values["domain_name"])
-    window = open_window(values)
-    parts = window.parts(values["after"], values["limit"])
-    fields = values["fields"] or FIELDS
+    domains = read_domains(values["domain_name"])
+    in_range = "from" in values
+    found = range_values(values, service().time_zone) if in_range else select_values(values)
+    purpose = [current_account().account_id, request.path, values["domain_name"], found]
+    window = Window(found | domains, may_be_undated=not in_range or found["by"] == "start")
+    key = values["after"] if values["after"] is None else read_cursor(purpose, "after", values["after"])
+    parts = window.parts(key, values["limit"])
     headers = {}
-    with transaction(sort=parts[0]["by"] == "start") as (connection, begin):
+    with transaction(sort=found["by"] == "start") as (connection, begin):
         statements = [begin]
         if values["limit"]:
             connection.execute(statements.pop())
-            if cursor := window.next_cursor(connection, parts[0]):
-                headers["Link"] = f'<{next_url(cursor)}>; rel="next"'
-        statements += [bind(connection, compose_copy(kind, fields), part) for part in parts]
-        stream = CallStream(connection, b";".join([*statements, b"COMMIT"]), kind, fields)
-    return answer_stream(stream, kind, headers)
+            if key := window.next_key(connection, parts[0]):
+                headers["Link"] = f'<{next_url("after", write_cursor(purpose, key))}>; rel="next"'
+        stream = send_copies(connection, statements, parts, kind, values["fields"] or FIELDS)
+    return answer_stream(stream, headers)
+
+
+def send_copies(
+    connection: Connection, statements: list[bytes], parts: list[dict[str, Any]], kind: str, fields: tuple[str, ...]
+) -> CallStream:
+    """The stream of the calls of all parts, behind statements; the transaction ends with it."""
+    copies = [bind(connection, compose_copy(kind, fields), part) for part in parts]
+    return CallStream(connection, b";".join([*statements, *copies, b"COMMIT"]), kind, fields)
 
 
 @contextmanager
-def transaction(*, sort: bool) -> Iterator[tuple[Connection, bytes]]:
+def transaction(*, sort: bool, zone: str | None = None) -> Iterator[tuple[Connection, bytes]]:
     """A connection for calls and what opens its transaction; both are the block's to hand on.
 
     Takes the connection back if the block fails. sort: whether the planner may
-    sort instead of going through an index in its order.
+    sort instead of going through an index in its order. zone: that of stamps.
     """
     warn_of_sync_worker()
     values = {
         "statement_timeout": service().settings.statement_timeout,
         "enable_sort": "on" if sort else "off",
-        "time_zone": service().time_zone,
+        "time_zone": zone or service().time_zone,
     }
     connection = service().calls.borrow()
     try:
@@ -1213,21 +1275,23 @@ def transaction(*, sort: bool) -> Iterator[tuple[Connection, bytes]]:
         raise
 
 
-def answer_stream(stream: CallStream, kind: str, headers: Mapping[str, str]) -> Response:
+def answer_stream(stream: CallStream, headers: Mapping[str, str]) -> Response:
     """A stream as a response; with its length if it is complete already."""
-    content_type = FORMATS[kind] + ("; charset=utf-8" if kind == "csv" else "")
+    content_type = FORMATS[stream.kind] + ("; charset=utf-8" if stream.kind == "csv" else "")
     body: bytes | CallStream = b"".join(stream) if stream.complete else stream
     return Response(body, 200, headers, content_type=content_type, direct_passthrough=not stream.complete)
 
 
-def next_url(cursor: str) -> str:
+def next_url(parameter: str, cursor: str) -> str:
     """The request's own URL with another cursor, as the client would write it.
 
     A trusted proxy says by X-Forwarded-Prefix what its public path is for /api.
     """
-    pairs = [(name, value) for name, value in read_pairs(request.query_string) if name != "after"]
+    superseded = ("cursor", "from") if parameter == "cursor" else (parameter,)
+    kept = [pair for pair in read_pairs(request.query_string) if pair[0] not in superseded]
     path = request.script_root + request.path.removeprefix("/api") if request.script_root else request.path
-    return f"{request.host_url.rstrip('/')}{path}?{urlencode([*pairs, ('after', cursor)])}"
+    origin = f"{request.scheme}://{request.host}" if request.host else ""
+    return f"{origin}{path}?{urlencode([*kept, (parameter, cursor)])}"
 
 
 @functools.cache
@@ -1256,6 +1320,296 @@ def domains() -> list[dict[str, Any]]:
     read_query({})
     account = current_account()
     return service().accounts.rows("select_domains", account_id=account.account_id, all_domains=account.all_domains)
+
+
+# Feed -------------------------------------------------------------------------
+
+FEED: Parsers = {
+    "cursor": str,
+    "from": parse_moment,
+    "domain_name": str,
+    "fields": parse_fields,
+    "format": str,
+    "limit": read_integer(1, 100_000),
+    **FILTERS,
+}
+FEED_VERSION = 1
+# Transaction ids are compared by 32 bits: a cursor may be almost half of them old.
+OLDEST_CURSOR = 2**31 - 10_000_000
+
+
+@dataclass(frozen=True)
+class FeedCursor:
+    """Where a poller stands: it has what transactions below low wrote.
+
+    While it pages through [low, high), key is the last call that it has. taken
+    is when high, before that low, was read; since bounds the end stamps that are
+    looked at. All instants are in ISO 8601.
+
+    Between two pages of a window a call may be changed, and so fall into a later
+    window; that has to look as far back. floor is that since, with the id of the
+    next transaction when the last page was read: it holds until the horizon has
+    reached that id.
+    """
+
+    version: int
+    cluster: str  # PostgreSQL's system identifier
+    account_id: int
+    purpose: str  # a digest of the filters and of the domains
+    low: int | None  # None: everything below high
+    since: str
+    taken: str
+    through: str  # everything stored up to here has been delivered
+    pending: tuple[str, int] | None = None  # an instant, and the next transaction's id then
+    floor: tuple[str, int] | None = None
+    high: int | None = None
+    key: Key | None = None
+
+
+def digest_purpose(values: Mapping[str, Any], domain_uuids: list[str]) -> str:
+    """What a cursor of the feed is bound to beside account and cluster.
+
+    The granted domains are part of it, by uuid: a grant that comes or goes must
+    not let old calls slip in or out in silence. Who may read all is not bound
+    to the domains of the day.
+    """
+    bound = "*" if current_account().all_domains else sorted(domain_uuids)
+    purpose = [values["domain_name"], bound, {name: values[name] for name in FILTERS}]
+    return hashlib.sha256(json.dumps(purpose).encode()).hexdigest()[:32]
+
+
+def read_feed_cursor(text: str) -> FeedCursor:
+    """The cursor of a text; ApiError 422 unless this service wrote it."""
+    found = read_cursor("feed", "cursor", text)
+    if found["version"] != FEED_VERSION:
+        gone(found["since"], "This cursor is of another version of the service")
+    return FeedCursor(**found)
+
+
+def check_feed_cursor(cursor: FeedCursor, account_id: int, purpose: str, snapshot: Mapping[str, Any]) -> None:
+    """Raises ApiError 410, with where to begin anew, for a cursor that cannot be continued."""
+    behind = snapshot["horizon"] - (cursor.low or cursor.high or 0)
+    if cursor.account_id != account_id:
+        raise ApiError(410, "This cursor was given to another account: begin anew with from=.")
+    if cursor.cluster != snapshot["cluster"]:
+        gone(cursor.since, "This cursor is of another database cluster")
+    if cursor.purpose != purpose:
+        gone(cursor.since, "This cursor was made with other filters, or the account's domains have changed since")
+    if behind < 0 and snapshot["in_recovery"]:
+        raise ApiError(503, "This standby is behind the cursor: try again soon.", headers={"Retry-After": "5"})
+    if behind < 0:
+        gone(cursor.since, "This cursor is ahead of the database, as after the restore of a backup")
+    if behind > OLDEST_CURSOR:
+        gone(cursor.since, "This cursor is too old")
+
+
+def gone(since: str, reason: str) -> NoReturn:
+    resync = {"from": since, "how": "poll with this from and without a cursor; calls that you have come again"}
+    raise ApiError(410, f"{reason}: begin anew with from=, calls that you have come again.", resync)
+
+
+def open_feed(values: Mapping[str, Any], purpose: str, snapshot: Mapping[str, Any]) -> FeedCursor:
+    """The cursor of a request with its window [low, high) set, read in the transaction of the snapshot."""
+    account_id = current_account().account_id
+    if values["cursor"] is not None:
+        cursor = read_feed_cursor(values["cursor"])
+        check_feed_cursor(cursor, account_id, purpose, snapshot)
+    else:
+        since = clamp(lambda: values["from"].first(find_zone(service().time_zone)), EARLIEST).isoformat()
+        cursor = FeedCursor(
+            FEED_VERSION, snapshot["cluster"], account_id, purpose, None, since, snapshot["seen"].isoformat(), since
+        )
+    if cursor.high is not None:  # in the middle of a window
+        return cursor
+    return replace(cursor, high=snapshot["horizon"], taken=snapshot["seen"].isoformat())
+
+
+def close_feed(cursor: FeedCursor, snapshot: Mapping[str, Any]) -> FeedCursor:
+    """The cursor behind a window that was delivered whole.
+
+    Everything stored by an instant is delivered once every transaction that had
+    begun to write by then lies below the horizon. So an instant is noted with
+    the id of the next transaction, and waits until the horizon has reached it.
+    """
+    high, later = cursor.high or 0, snapshot["next"]
+    through, pending, floor = cursor.through, cursor.pending, cursor.floor
+    if pending and high >= pending[1]:
+        through, pending = pending[0], None
+    if high >= later:
+        through, pending = cursor.taken, None
+    elif pending is None:
+        pending = (cursor.taken, later)
+    if cursor.key:
+        floor = (cursor.since, later)
+    elif floor and high >= floor[1]:
+        floor = None
+    look_back = datetime.fromisoformat(cursor.taken) - timedelta(days=service().settings.lookback_days)
+    since = floor[0] if floor else look_back.isoformat()
+    return replace(cursor, low=high, high=None, key=None, since=since, through=through, pending=pending, floor=floor)
+
+
+def feed_window(cursor: FeedCursor, values: Mapping[str, Any], domains: Mapping[str, Any]) -> Window:
+    before = datetime.fromisoformat(cursor.since) - timedelta(microseconds=1)
+    found = {**select_values(values), **domains, "after_stamp": before.isoformat(), "after_uuid": LAST_UUID}
+    found |= {"high": str((cursor.high or 0) % 2**32)}
+    if cursor.low is not None:
+        found |= {"low": str(cursor.low % 2**32)}
+    return Window(found, may_be_undated=True)
+
+
+@api.get("/call_feed")
+@tokens.login_required
+def call_feed() -> Response:
+    """The calls that became visible since the cursor, each once; how: see FeedCursor."""
+    values = read_query(FEED)
+    if (values["cursor"] is None) == (values["from"] is None):
+        refuse("cursor", "is needed, or from at the first poll; not both")
+    kind = choose_format(values["format"])
+    domains = read_domains(values["domain_name"])
+    purpose = digest_purpose(values, domains["domain_uuids"])
+    with transaction(sort=True) as (connection, begin):
+        connection.execute(begin)
+        snapshot = run(connection, "find_snapshot")[0]
+        cursor = open_feed(values, purpose, snapshot)
+        window = feed_window(cursor, values, domains)
+        parts = window.parts(cursor.key and (cursor.key[0], cursor.key[1]), values["limit"])
+        key = window.next_key(connection, parts[0]) if values["limit"] else None
+        following = replace(cursor, key=key) if key else close_feed(cursor, snapshot)
+        text = write_cursor("feed", asdict(following))
+        headers = {
+            "X-Next-Cursor": text,
+            "X-Complete-Through": following.through,
+            "Link": f'<{next_url("cursor", text)}>; rel="next"',
+        }
+        stream = send_copies(connection, [], parts, kind, values["fields"] or FIELDS)
+    return answer_stream(stream, headers)
+
+
+# Totals -----------------------------------------------------------------------
+
+GROUPS = ("domain_name", "direction", "hangup_cause", "accountcode", "extension_uuid", "hour", "day", "month")
+
+
+def parse_groups(text: str) -> tuple[str, ...]:
+    groups = tuple(text.split(","))
+    if unknown := [name for name in groups if name not in GROUPS]:
+        raise ValueError(f"knows {', '.join(GROUPS)}, but not {', '.join(unknown)[:200]}")
+    if len(set(groups)) < len(groups):
+        raise ValueError("names a group twice")
+    return groups
+
+
+TOTALS: Parsers = {
+    "from": parse_moment,
+    "to": parse_moment,
+    "by": read_choice("start", "end"),
+    "domain_name": str,
+    "group_by": parse_groups,
+    "tz": read_zone,
+    **FILTERS,
+}
+
+
+def read_rows(statement: str, values: Mapping[str, Any], *, zone: str, **names: sql.Composable) -> list[dict[str, Any]]:
+    """The rows of a statement on matching_calls, in a transaction of its own."""
+    text = STATEMENTS[statement].format(matching_calls=STATEMENTS["matching_calls"], **names).as_string()
+    with transaction(sort=True, zone=zone) as (connection, begin):
+        connection.execute(begin)
+        rows = connection.execute(bind(connection, text, values)).fetchall()
+        connection.execute("COMMIT")
+    service().calls.give_back(connection)
+    return rows
+
+
+@api.get("/call_totals")
+@tokens.login_required
+def call_totals() -> list[dict[str, Any]]:
+    values = read_query(TOTALS, {"from", "to"})
+    domains = read_domains(values["domain_name"])
+    zone = values["tz"] or service().time_zone
+    found = range_values(values, zone) | domains
+    keys = [sql.Identifier(name) for name in values["group_by"] or ()]
+    listed = sql.SQL(", ").join(keys)
+    group_by = sql.SQL("GROUP BY {0} ORDER BY {0}").format(listed) if keys else sql.SQL("")
+    return read_rows(
+        "select_totals", found, zone=zone, keys=listed + sql.SQL(", ") if keys else listed, group_by=group_by
+    )
+
+
+# Lookup -----------------------------------------------------------------------
+
+
+@api.post("/call_lookup")
+@tokens.login_required
+def call_lookup() -> Response:
+    values = read_query({"fields": parse_fields})
+    uuids = parse_pairs(read_body(), {"xml_cdr_uuid": parse_uuids}, {"xml_cdr_uuid"})["xml_cdr_uuid"]
+    found = select_values(dict.fromkeys(FILTERS)) | read_domains(None) | {"uuids": uuids}
+    with transaction(sort=True) as (connection, begin):
+        connection.execute(begin)
+        there = {uuid for _, uuid in find_keys(connection, found)}
+        closing = json.dumps([uuid for uuid in uuids if uuid not in there], separators=(",", ":"))
+        fields = values["fields"] or FIELDS
+        copy = bind(connection, compose_copy("json", fields), found)
+        ends = (b'{"calls":[', b'],"not_found":' + closing.encode() + b"}\n")
+        stream = CallStream(connection, copy + b";COMMIT", "json", fields, ends)
+    return answer_stream(stream, {})
+
+
+# Concurrency ------------------------------------------------------------------
+
+CONCURRENCY: Parsers = {
+    "date": parse_moment,
+    "from": parse_moment,
+    "to": parse_moment,
+    "resolution": read_choice("1", "5", "15", "30", "60"),
+    "domain_name": str,
+    "tz": read_zone,
+    **FILTERS,
+}
+LONGEST_RANGE = timedelta(days=31, hours=1)  # an hour for a change of the clock
+# How long behind the range the end of a call that began in it is looked for.
+LONGEST_CALL = timedelta(days=7)
+
+
+def read_intervals(statement: str) -> list[dict[str, Any]]:
+    """The rows of a statement about intervals, for the parameters of both routes."""
+    values = read_query(CONCURRENCY)
+    zone = values["tz"] or service().time_zone
+    if (values["date"] is None) == (values["from"] is None and values["to"] is None):
+        refuse("date", "is needed, or from and to instead; not both")
+    first, last = (values["date"], values["date"]) if values["date"] else (values["from"], values["to"])
+    if first is None or last is None:
+        refuse("from" if first is None else "to", "is needed")
+    start, until = read_range(first, last, zone)
+    if until - start > LONGEST_RANGE:
+        refuse("to", "must be at most 31 days behind from")
+    ended = clamp(lambda: until + LONGEST_CALL, LATEST)
+    found = {
+        **select_values(values),
+        **read_domains(values["domain_name"]),
+        "by": "end",
+        "part": "dated",
+        "after_stamp": (start - timedelta(microseconds=1)).isoformat(),
+        "after_uuid": LAST_UUID,
+        "from": start.isoformat(),
+        "to": ended.isoformat(),
+        "until": until.isoformat(),
+        "step": 60 * int(values["resolution"] or 1),
+    }
+    return read_rows(statement, found, zone=zone)
+
+
+@api.get("/concurrent_calls_by_domain")
+@tokens.login_required
+def concurrent_calls_by_domain() -> list[dict[str, Any]]:
+    return read_intervals("select_peaks")
+
+
+@api.get("/active_calls_by_domain")
+@tokens.login_required
+def active_calls_by_domain() -> list[dict[str, Any]]:
+    return read_intervals("select_activity")
 
 
 # Health -----------------------------------------------------------------------

@@ -21,9 +21,25 @@ SET LOCAL DateStyle = 'ISO';
 SET LOCAL TimeZone = %(time_zone)s;
 
 -- name: select_calls
--- One row is one call (one row of v_xml_cdr). Either (dated) the calls that have
--- an end stamp, behind the key (after_stamp, after_uuid) and in its order; or
--- (not dated) those that have none, behind after_uuid and in its order.
+-- One row is one call, in the order of the key: end_stamp and xml_cdr_uuid for
+-- the part "dated", xml_cdr_uuid for the others.
+SELECT {columns}
+  FROM {matching_calls} AS calls
+ ORDER BY CASE WHEN %(part)s = 'dated' THEN calls.end_at END, calls.xml_cdr_uuid
+ LIMIT %(limit)s OFFSET %(offset)s;
+
+-- name: matching_calls
+-- No statement but what all that read calls read from: one row is one call (one
+-- row of v_xml_cdr) that the parameters ask for, in no order.
+-- part: "dated" are the calls that have an end stamp, behind the key
+-- (after_stamp, after_uuid); "undated" those that have none, behind after_uuid;
+-- "both" is all of them.
+-- domain_uuids are those of the domain or domains asked for, other_uuids those of
+-- all others: a call that bears our name but belongs to another domain (it was
+-- imported after FusionPBX renamed that, and we took the name) is not ours.
+-- by: from and to mean the "start" or the "end" stamp; "" is no range.
+-- low, high: only what transactions in [low, high) wrote (32 bits of their ids
+-- as text); low NULL: in all but those from high on.
 --
 -- "absent" lists every column that some FusionPBX from 4.2 to master lacks. A
 -- name that v_xml_cdr does not have resolves to the NULL out here; a name that
@@ -36,7 +52,7 @@ SET LOCAL TimeZone = %(time_zone)s;
 -- '' and before every stamp in every collation. So a blank end stamp (text, in
 -- 4.x) counts as none instead of stopping the answer.
 -- x - x = 0 is false for NaN and Infinity only, in every PostgreSQL.
-SELECT {columns}
+(SELECT calls.*
   FROM (SELECT NULL::uuid AS uuid, NULL::uuid AS xml_cdr_uuid,
                NULL::text AS sip_call_id, NULL::text AS caller_destination,
                NULL::text AS record_path, NULL::text AS record_name,
@@ -74,7 +90,8 @@ SELECT {columns}
               last_app, last_arg,
               voicemail_message::text AS voicemail_message, missed_call::text AS missed_call,
               call_center_queue_uuid, cc_side, cc_member_uuid,
-              split_part(cc_queue_joined_epoch::text, '.', 1) AS cc_queue_joined_epoch,
+              CASE WHEN cc_queue_joined_epoch::text NOT IN ('NaN', 'Infinity', '-Infinity')
+                   THEN split_part(cc_queue_joined_epoch::text, '.', 1) END AS cc_queue_joined_epoch,
               cc_queue, cc_member_session_uuid, cc_agent_uuid, cc_agent, cc_agent_type, cc_agent_bridged,
               CASE WHEN cc_queue_answered_epoch - cc_queue_answered_epoch = 0
                    THEN trunc(cc_queue_answered_epoch) END AS cc_queue_answered_epoch,
@@ -89,21 +106,26 @@ SELECT {columns}
               CASE WHEN hangup_cause_q850 - hangup_cause_q850 = 0
                    THEN trunc(hangup_cause_q850) END AS hangup_cause_q850,
               sip_hangup_disposition, xml,
-              end_stamp::timestamptz AS end_at
+              start_stamp::timestamptz AS start_at, end_stamp::timestamptz AS end_at
          FROM v_xml_cdr AS cdr
-        WHERE cdr.domain_name = %(domain_name)s
+        WHERE (cdr.domain_name = %(domain_name)s
+               OR %(domain_name)s IS NULL AND cdr.domain_name = ANY(%(domain_names)s::text[]))
+          AND (cdr.domain_uuid IS NULL
+               OR cdr.domain_uuid = ANY(%(domain_uuids)s::uuid[])
+               OR cdr.domain_uuid <> ALL(%(other_uuids)s::uuid[]))
           AND (%(by)s <> 'start'
                OR cdr.start_stamp::timestamptz >= %(from)s::timestamptz
               AND cdr.start_stamp::timestamptz < %(to)s::timestamptz)
-          AND (NOT %(dated)s
+          AND (%(part)s <> 'dated'
                OR (cdr.end_stamp > '04713-01-01 BC') IS TRUE
               AND (cdr.end_stamp::timestamptz,
                    CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END)
                   > (%(after_stamp)s::timestamptz, %(after_uuid)s::uuid)
               AND (%(by)s <> 'end' OR cdr.end_stamp::timestamptz < %(to)s::timestamptz))
-          AND (%(dated)s
+          AND (%(part)s <> 'undated'
                OR (cdr.end_stamp IS NULL OR cdr.end_stamp <= '04713-01-01 BC')
-              AND CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END > %(after_uuid)s::uuid)
+              AND (%(after_uuid)s::uuid IS NULL
+                   OR CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END > %(after_uuid)s::uuid))
           AND (%(direction)s::text IS NULL OR cdr.direction = %(direction)s::text)
           AND (%(leg)s::text IS NULL OR cdr.leg::text = %(leg)s::text)
           AND (%(accountcode)s::text IS NULL OR cdr.accountcode = %(accountcode)s::text)
@@ -112,15 +134,20 @@ SELECT {columns}
           AND (%(source_number)s::text IS NULL OR cdr.source_number = %(source_number)s::text)
           AND (%(destination_number)s::text IS NULL OR cdr.destination_number = %(destination_number)s::text)
           AND (%(hangup_cause)s::text IS NULL OR cdr.hangup_cause = %(hangup_cause)s::text)
-          AND (%(answered)s::boolean IS NULL OR (coalesce(cdr.billsec, 0) > 0) = %(answered)s::boolean)
-          AND (%(min_billsec)s::bigint IS NULL OR coalesce(cdr.billsec, 0) >= %(min_billsec)s::bigint)
           AND (NOT %(billable_only)s
                OR coalesce(cdr.leg::text, 'a') = 'a'
               AND cdr.hangup_cause IS DISTINCT FROM 'LOSE_RACE'
               AND cdr.cc_side IS DISTINCT FROM 'agent'
-              AND originating_leg_uuid IS NULL)) AS calls
- ORDER BY CASE WHEN %(dated)s THEN calls.end_at END, calls.xml_cdr_uuid
- LIMIT %(limit)s OFFSET %(offset)s;
+              AND originating_leg_uuid IS NULL)
+          AND (%(uuids)s::uuid[] IS NULL
+               OR CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END = ANY(%(uuids)s::uuid[]))
+          AND (%(high)s::text IS NULL
+               OR CASE WHEN %(low)s::text IS NULL
+                       THEN age(cdr.xmin) NOT BETWEEN 0 AND age(%(high)s::text::xid)
+                       ELSE age(cdr.xmin) <= age(%(low)s::text::xid) AND age(cdr.xmin) > age(%(high)s::text::xid)
+                   END)) AS calls
+ WHERE (%(answered)s::boolean IS NULL OR (coalesce(calls.billsec, 0) > 0) = %(answered)s::boolean)
+   AND (%(min_billsec)s::bigint IS NULL OR coalesce(calls.billsec, 0) >= %(min_billsec)s::bigint));
 
 -- name: copy_json
 -- PostgreSQL's CSV writer writes JSON values: strings quoted and escaped, NULL
@@ -138,16 +165,141 @@ COPY ({query}) TO STDOUT (FORMAT csv, HEADER %(header)s);
 SELECT FROM v_xml_cdr LIMIT 0;
 
 
+-- Feed -----------------------------------------------------------------------
+
+-- name: find_snapshot
+-- One row: what the transaction's snapshot sees. Every transaction below horizon
+-- has ended; next is the id that no transaction had yet (a snapshot's own xmax
+-- may be the id of one that runs). seen is the instant of what is seen: on a
+-- standby, that of the last commit that arrived. The functions with txid in
+-- their names are those that every PostgreSQL from 11 on has.
+SELECT horizon,
+       horizon + age((horizon %% 4294967296)::text::xid) AS next,
+       (SELECT system_identifier::text FROM pg_control_system()) AS cluster,
+       pg_is_in_recovery() AS in_recovery,
+       CASE WHEN pg_is_in_recovery() THEN coalesce(pg_last_xact_replay_timestamp(), 'epoch') ELSE now() END AS seen
+  FROM txid_snapshot_xmin(txid_current_snapshot()) AS horizon;
+
+
+-- Totals ---------------------------------------------------------------------
+
+-- name: select_totals
+-- One row is a group: the keys, and what its calls come to. {group_by} groups
+-- and orders by {keys}, or is empty. The README tells what digest is.
+SELECT {keys}
+       count(*) AS calls,
+       count(*) FILTER (WHERE billsec > 0) AS answered,
+       coalesce(sum(billsec), 0)::bigint AS billsec,
+       coalesce(sum(billmsec), 0)::bigint AS billmsec,
+       lpad(to_hex((coalesce(sum(('x' || substr(md5(xml_cdr_uuid || ' ' || coalesce(billsec, 0)), 1, 12))::bit(48)::bigint), 0)
+                    %% 281474976710656)::bigint), 12, '0') AS digest
+  FROM {matching_calls} AS calls
+ CROSS JOIN LATERAL (SELECT CASE %(by)s WHEN 'start' THEN start_at ELSE end_at END AS moment) AS chosen
+ CROSS JOIN LATERAL (
+       SELECT trim('"' FROM to_json(date_trunc('hour', moment))::text) AS hour,
+              to_char(moment, 'YYYY-MM-DD') AS day,
+              to_char(moment, 'YYYY-MM') AS month) AS calendar
+{group_by};
+
+-- name: select_peaks
+-- One row is an interval of a domain with its highest number of simultaneous
+-- calls. A sweep: a call adds one at its start and takes it away at its end, an
+-- interval's own beginning adds nothing and carries the level in. At the same
+-- moment ends come before starts, and starts before the beginning.
+WITH spans AS (
+    SELECT domain_name, greatest(start_at, %(from)s::timestamptz) AS first, end_at AS last
+      FROM {matching_calls} AS calls
+     WHERE start_at < %(until)s::timestamptz AND end_at > start_at
+), events AS (
+    SELECT domain_name, first AS moment, 1 AS change FROM spans
+     UNION ALL
+    SELECT domain_name, last, -1 FROM spans WHERE last < %(until)s::timestamptz
+     UNION ALL
+    SELECT domain_name, beginning, 0
+      FROM unnest(%(domain_names)s::text[]) AS domain_name
+     CROSS JOIN generate_series(%(from)s::timestamptz, %(until)s::timestamptz - interval '1 us',
+                                %(step)s * interval '1 s') AS beginning
+), levels AS (
+    SELECT domain_name, moment, change,
+           sum(change) OVER (PARTITION BY domain_name ORDER BY moment, change = 0, change
+                              ROWS UNBOUNDED PRECEDING) AS level
+      FROM events
+)
+SELECT domain_name,
+       trim('"' FROM to_json(%(from)s::timestamptz + i * %(step)s * interval '1 s')::text) AS start_interval,
+       trim('"' FROM to_json(least(%(from)s::timestamptz + (i + 1) * %(step)s * interval '1 s',
+                                   %(until)s::timestamptz))::text) AS end_interval,
+       max(level)::bigint AS active_calls
+  FROM levels
+ CROSS JOIN LATERAL (SELECT floor(extract(epoch FROM moment - %(from)s::timestamptz) / %(step)s)::int AS i) AS interval
+ WHERE change >= 0
+ GROUP BY domain_name, i
+ ORDER BY domain_name, i;
+
+-- name: select_activity
+-- One row is an interval of a domain with the calls that overlap it, by
+-- direction. A call counts from its first interval to its last: added in the
+-- first, taken away behind the last. One that ends where it starts is in one.
+WITH spans AS (
+    SELECT domain_name, direction,
+           floor(extract(epoch FROM greatest(start_at, %(from)s::timestamptz) - %(from)s::timestamptz) / %(step)s)::int AS first,
+           ceil(extract(epoch FROM end_at - %(from)s::timestamptz) / %(step)s)::int - 1 AS last
+      FROM {matching_calls} AS calls
+     WHERE start_at < %(until)s::timestamptz
+       AND (end_at > %(from)s::timestamptz OR start_at >= %(from)s::timestamptz)
+), changes AS (
+    SELECT domain_name, first AS i, direction, 1 AS change FROM spans
+     UNION ALL
+    SELECT domain_name, greatest(first, last) + 1, direction, -1 FROM spans
+     UNION ALL
+    SELECT domain_name, i, NULL, 0
+      FROM unnest(%(domain_names)s::text[]) AS domain_name
+     CROSS JOIN generate_series(0, ceil(extract(epoch FROM %(until)s::timestamptz - %(from)s::timestamptz) / %(step)s)::int - 1) AS i
+), counts AS (
+    SELECT domain_name, i,
+           sum(sum(change) FILTER (WHERE direction = 'inbound')) OVER along AS inbound,
+           sum(sum(change) FILTER (WHERE direction = 'outbound')) OVER along AS outbound,
+           sum(sum(change) FILTER (WHERE direction = 'local')) OVER along AS internal,
+           sum(sum(change)) OVER along AS total
+      FROM changes
+     GROUP BY domain_name, i
+    WINDOW along AS (PARTITION BY domain_name ORDER BY i)
+)
+SELECT trim('"' FROM to_json(%(from)s::timestamptz + i * %(step)s * interval '1 s')::text) AS start_interval,
+       trim('"' FROM to_json(least(%(from)s::timestamptz + (i + 1) * %(step)s * interval '1 s',
+                                   %(until)s::timestamptz))::text) AS end_interval,
+       domain_name AS domain,
+       coalesce(inbound, 0)::bigint AS inbound, coalesce(outbound, 0)::bigint AS outbound,
+       coalesce(internal, 0)::bigint AS internal, total::bigint AS total
+  FROM counts
+ WHERE %(from)s::timestamptz + i * %(step)s * interval '1 s' < %(until)s::timestamptz
+ ORDER BY domain_name, i;
+
+
 -- Domains --------------------------------------------------------------------
 
 -- name: find_domain
--- One row: how many domains bear the name (FusionPBX does not keep it unique)
--- and how many of them are granted to the account.
-SELECT count(*) AS domains, count(g.domain_uuid) AS granted
+-- One row: how many domains bear the name (FusionPBX does not keep it unique),
+-- how many of them are granted to the account, their uuids and all others'.
+SELECT count(*) FILTER (WHERE d.domain_name = %(domain_name)s) AS domains,
+       count(g.domain_uuid) FILTER (WHERE d.domain_name = %(domain_name)s) AS granted,
+       array_agg(d.domain_uuid::text) FILTER (WHERE d.domain_name = %(domain_name)s) AS domain_uuids,
+       array_agg(d.domain_uuid::text) FILTER (WHERE d.domain_name IS DISTINCT FROM %(domain_name)s) AS other_uuids
   FROM v_domains AS d
   LEFT JOIN cdr_api.grants AS g
-    ON g.domain_uuid = d.domain_uuid AND g.account_id = %(account_id)s
- WHERE d.domain_name = %(domain_name)s;
+    ON g.domain_uuid = d.domain_uuid AND g.account_id = %(account_id)s;
+
+-- name: find_domains
+-- One row: the names whose domains the account may read, every one of them; the
+-- uuids of these domains and all others'.
+SELECT array_agg(DISTINCT domain_name) FILTER (WHERE readable) AS domain_names,
+       array_agg(domain_uuid::text ORDER BY domain_uuid) FILTER (WHERE readable) AS domain_uuids,
+       array_agg(domain_uuid::text) FILTER (WHERE NOT readable) AS other_uuids
+  FROM (SELECT d.domain_name, d.domain_uuid,
+               bool_and(%(all_domains)s OR g.domain_uuid IS NOT NULL) OVER (PARTITION BY d.domain_name) AS readable
+          FROM v_domains AS d
+          LEFT JOIN cdr_api.grants AS g
+            ON g.domain_uuid = d.domain_uuid AND g.account_id = %(account_id)s) AS domains;
 
 -- name: select_domains
 -- One row is a domain that the account may read, by name.
@@ -285,11 +437,27 @@ SELECT t.token_id, a.email, t.created_at, t.last_used_at, t.expires_at
 -- Check ----------------------------------------------------------------------
 
 -- name: check_role
--- One row: who we are and what we may do with FusionPBX's tables.
+-- One row: who we are and what we may do with FusionPBX's tables (NULL where
+-- there are none).
 SELECT current_user AS role,
        (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) AS superuser,
-       has_table_privilege('v_xml_cdr', 'INSERT, UPDATE, DELETE, TRUNCATE') AS may_write,
-       has_table_privilege('v_xml_cdr', 'SELECT') AND has_table_privilege('v_domains', 'SELECT') AS may_read;
+       bool_or(has_table_privilege(name, 'INSERT, UPDATE, DELETE, TRUNCATE')
+               OR has_any_column_privilege(name, 'INSERT, UPDATE')) AS may_write,
+       bool_and(has_table_privilege(name, 'SELECT')) AS may_read
+  FROM unnest(ARRAY[to_regclass('v_xml_cdr'), to_regclass('v_domains')]::oid[]) AS name;
+
+-- name: find_table
+SELECT to_regclass(%(name)s) IS NOT NULL AS found;
+
+-- name: count_stray_calls
+-- One row: the calls that bear another name than their domain has.
+SELECT count(*) AS calls
+  FROM v_xml_cdr AS cdr
+  JOIN v_domains AS d USING (domain_uuid)
+ WHERE cdr.domain_name IS DISTINCT FROM d.domain_name;
+
+-- name: try_time_zone
+SELECT set_config('TimeZone', %(time_zone)s, true);
 
 -- name: find_version
 -- One row, made by schema.sql.

@@ -18,6 +18,8 @@ END $$;
 
 -- Compiling a statement takes longer than reading the calls of a small range.
 ALTER ROLE cdr_api SET jit = off;
+-- While FusionPBX's upgrade locks a table, requests are answered 503, not kept.
+ALTER ROLE cdr_api SET lock_timeout = '3s';
 
 CREATE SCHEMA IF NOT EXISTS cdr_api;
 

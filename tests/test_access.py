@@ -70,6 +70,7 @@ def test_every_protected_route_refuses_every_dead_token(cast: Cast) -> None:
 READING = {
     "/api/calls": {},
     "/api/call_range": {"from": "2020-01-01", "to": "2030-01-01"},
+    "/api/call_feed": {"from": "2020-01-01"},
 }
 ALLOWED = {
     "a": {"alpha"},
@@ -144,3 +145,26 @@ def test_a_name_of_two_domains_takes_both_grants(make_database: DatabaseMaker) -
     database.execute("UPDATE v_domains SET domain_name = 'alpha.example.com' WHERE domain_name = 'beta.example.com'")
     assert client.get("/api/calls", domain_name="alpha.example.com").status_code == 403
     assert database.client(database.account("alpha.example.com")).calls()
+
+
+def test_a_call_of_another_domain_that_bears_our_name_is_not_ours(make_database: DatabaseMaker) -> None:
+    """FusionPBX may import a call under a domain's old name after a rename, and another may have taken the name."""
+    database = make_database(calls=30)
+    old = "SELECT domain_uuid FROM v_domains WHERE domain_name = 'alpha.example.com'"
+    uuid = database.execute(old)[0][0]
+    database.execute("UPDATE v_domains SET domain_name = 'renamed.example.com' WHERE domain_name = 'alpha.example.com'")
+    database.execute("UPDATE v_xml_cdr SET domain_name = 'renamed.example.com' WHERE domain_name = 'alpha.example.com'")
+    database.execute("INSERT INTO v_domains (domain_uuid, domain_name) VALUES (gen_random_uuid(), 'alpha.example.com')")
+    stray = database.insert_call(domain_uuid=uuid)
+    own = database.insert_call(domain_uuid=None)
+    unknown = database.insert_call(domain_uuid="99999999-0000-4000-8000-000000000000")
+    client = database.client(database.account("alpha.example.com"))
+    assert {call["xml_cdr_uuid"] for call in client.calls()} == {own, unknown}
+    feed = client.get("/api/call_feed", **{"from": "2026-01-01"})
+    assert {call["xml_cdr_uuid"] for call in feed.get_json()} == {own, unknown}
+    found = client.post("/api/call_lookup", json={"xml_cdr_uuid": [stray]}).get_json()
+    assert found == {"calls": [], "not_found": [stray]}
+    output = database.app().test_cli_runner().invoke(args=["check"]).output
+    assert "✗ stray calls        1 bear another name" in output
+    database.execute(output.partition("as FusionPBX does: ")[2].partition(";")[0])
+    assert "✓ stray calls" in database.app().test_cli_runner().invoke(args=["check"]).output

@@ -92,6 +92,7 @@ def test_a_form_with_files_or_in_parts(public: Client) -> None:
         pytest.param("LongEnough12", "a@b.c", True, id="12 with three kinds"),
         pytest.param("longenough12", "a@b.c", False, id="12 with two kinds"),
         pytest.param("longenough1-", "a@b.c", True, id="others count as a kind"),
+        pytest.param("密码密码密码abc123", "a@b.c", True, id="letters without case are others"),
         pytest.param("пароль-Пароль", "a@b.c", True, id="other scripts"),
         pytest.param("a" * 19, "a@b.c", False, id="19 of one kind"),
         pytest.param("a" * 20, "a@b.c", True, id="20 of one kind"),

@@ -152,6 +152,7 @@ def test_every_field_has_its_type(client: Client) -> None:
         pytest.param(
             {"start_stamp": "0044-03-15 12:00:00+00 BC"}, {"start_stamp": "0044-03-15T12:00:00+00:00 BC"}, id="BC"
         ),
+        pytest.param({"cc_queue_joined_epoch": "NaN"}, {"cc_queue_joined_epoch": None}, id="nor an epoch"),
         pytest.param({"leg": None}, {"leg": None}, id="no leg"),
         pytest.param({"caller_id_name": "null"}, {"caller_id_name": "null"}, id="the word null"),
     ],
@@ -194,6 +195,8 @@ def test_fields_are_pruned_and_ordered(client: Client) -> None:
 BILLABLE = """coalesce(leg, 'a') = 'a' AND coalesce(hangup_cause, '') <> 'LOSE_RACE'
   AND coalesce(cc_side, '') <> 'agent' AND originating_leg_uuid IS NULL"""
 
+ANSWERED = "billsec <> 'NaN' AND round(billsec) > 0"
+
 # Each filter, and the same in SQL.
 FILTERS = [
     ("direction", "inbound", "direction = 'inbound'"),
@@ -203,9 +206,9 @@ FILTERS = [
     ("source_number", "104", "source_number = '104'"),
     ("destination_number", "105", "destination_number = '105'"),
     ("hangup_cause", "USER_BUSY", "hangup_cause = 'USER_BUSY'"),
-    ("answered", "true", "coalesce(billsec, 0) > 0"),
-    ("answered", "false", "NOT coalesce(billsec, 0) > 0"),
-    ("min_billsec", "60", "billsec >= 60"),
+    ("answered", "true", ANSWERED),
+    ("answered", "false", f"({ANSWERED}) IS NOT TRUE"),
+    ("min_billsec", "60", "billsec <> 'NaN' AND billsec >= 60"),
     ("min_billsec", "0", "true"),
     ("billable_only", "false", "true"),
     (
@@ -226,6 +229,15 @@ def test_filters_say_the_same_as_sql(database: Database, client: Client, name: s
     assert expected
 
 
+def test_answered_means_what_billsec_shows(database: Database) -> None:
+    client = database.client(database.account("gamma.example.com"))
+    for billsec in ("0.4", "NaN", "0.6"):
+        database.insert_call(domain_name="gamma.example.com", billsec=billsec, accountcode="fractions")
+    mine = {"domain_name": "gamma.example.com", "accountcode": "fractions", "fields": "billsec"}
+    assert client.calls(answered="true", **mine) == [{"billsec": 1}]
+    assert client.calls(answered="false", **mine) == [{"billsec": 0}, {"billsec": None}]
+
+
 def test_extension_uuid_and_filters_together(client: Client) -> None:
     extension = next(call["extension_uuid"] for call in client.calls() if call["extension_uuid"])
     mine = client.calls(extension_uuid=extension.upper())
@@ -244,6 +256,8 @@ def test_extension_uuid_and_filters_together(client: Client) -> None:
         ("*/*", "application/json"),
         ("text/html, application/*;q=0.8", "application/json"),
         ("text/csv", "text/csv; charset=utf-8"),
+        ("application/json; charset=utf-8", "application/json"),
+        ("text/csv; header=present; q=0.9, text/html", "text/csv; charset=utf-8"),
         ("application/x-ndjson, application/json;q=0.1", "application/x-ndjson"),
     ],
 )

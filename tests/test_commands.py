@@ -187,6 +187,7 @@ def test_check_is_content_with_a_good_installation(make_database: DatabaseMaker)
         "calls",
         "columns",
         "index",
+        "stray calls",
         "time zone",
         "clock",
     ]
@@ -240,8 +241,14 @@ def test_check_names_what_is_wrong(make_database: DatabaseMaker) -> None:
     database = make_database(calls=300, index=True)
     app = database.app()
     database.execute("GRANT UPDATE ON v_xml_cdr TO cdr_api")
-    assert check(app)[1]["role"].startswith("✗ role               cdr_api may write v_xml_cdr: REVOKE")
+    assert check(app)[1]["role"].startswith("✗ role               cdr_api may write v_xml_cdr or v_domains")
     database.execute("REVOKE UPDATE ON v_xml_cdr FROM cdr_api")
+    database.execute("GRANT UPDATE (domain_name) ON v_domains TO cdr_api")
+    assert "may write" in check(app)[1]["role"]
+    database.execute("REVOKE UPDATE (domain_name) ON v_domains FROM cdr_api")
+    assert "localtime" in check(database.app(CDR_API_TIMEZONE="localtime"))[1]["time zone"]
+    reads_as_superuser = database.app(CDR_API_CALLS_DSN=database.server.get_uri(database=database.name))
+    assert "is a superuser" in check(reads_as_superuser)[1]["role"]
     superuser = database.app(CDR_API_DSN=database.server.get_uri(database=database.name))
     assert "is a superuser" in check(superuser)[1]["role"]
     database.execute("UPDATE cdr_api.version SET version = 0")

@@ -71,7 +71,7 @@ def test_every_route_is_in_the_readme(database: Database) -> None:
 
 
 def test_every_parameter_is_in_the_readme() -> None:
-    for name in cdr_api.CALL_RANGE:
+    for name in {**cdr_api.CALL_RANGE, **cdr_api.FEED, **cdr_api.TOTALS, **cdr_api.CONCURRENCY}:
         assert f"`{name}`" in README, name
 
 

@@ -111,6 +111,18 @@ def test_bad_bodies(database: Database, body: bytes, content_type: str | None, s
     problem(response)
 
 
+def test_a_chunked_body_over_the_limit_is_413(gunicorn: Gunicorn) -> None:
+    """Not cut where the limit is: what stands before might pass for the whole."""
+    parts = urlsplit(gunicorn.url)
+    connection = http.client.HTTPConnection(str(parts.hostname), parts.port)
+    body = [b'{"email": "a@b.c", "password": "x"}'.ljust(1024 * 1024), b"garbage"]
+    connection.request("POST", "/api/login", iter(body), {"Content-Type": "application/json"}, encode_chunked=True)
+    response = connection.getresponse()
+    assert response.status == 413
+    assert json.loads(response.read())["success"] is False
+    connection.close()
+
+
 def test_a_file_where_text_belongs(database: Database) -> None:
     form = {"email": (io.BytesIO(b"a@b.c"), "email.txt"), "password": "x"}
     response = database.client().post("/api/login", data=form, content_type="multipart/form-data")
@@ -143,7 +155,7 @@ def test_500_says_nothing_about_the_inside(database: Database, client: Client, m
     def fail(*_: Any) -> None:
         raise RuntimeError("secret inside")
 
-    monkeypatch.setattr("cdr_api.check_domain", fail)
+    monkeypatch.setattr("cdr_api.read_domains", fail)
     response = client.get("/api/calls", domain_name="alpha.example.com")
     assert response.status_code == 500
     assert "secret" not in response.text

@@ -98,6 +98,12 @@ def test_link_behind_a_proxy_is_what_the_client_would_write(database: Database) 
         assert (next_link(client.send("GET", url, headers=forged)) or "").startswith(begin)
 
 
+@pytest.mark.parametrize("host", ["xn--80ak6aa92e.com", "pbx.example.com:8443", "[::1]:8000"])
+def test_link_names_the_host_as_the_client_did(client: Client, host: str) -> None:
+    response = client.send("GET", "/api/calls?domain_name=alpha.example.com&limit=1", headers={"Host": host})
+    assert (next_link(response) or "").startswith(f"http://{host}/api/calls?")
+
+
 def test_after_without_a_limit_is_all_the_rest(client: Client) -> None:
     response = client.get("/api/calls", domain_name="alpha.example.com", limit=10)
     after = parse_qs(urlsplit(next_link(response) or "").query)["after"][0]
