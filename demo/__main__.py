@@ -33,7 +33,7 @@ TOKEN=$(curl -s {url}/api/login -d email=billing@example.com -d password=correct
 curl -s -H "Authorization: Bearer $TOKEN" '{url}/api/calls?domain_name={domain}&limit=2'
 
 curl -s -H "Authorization: Bearer $TOKEN" \\
-  '{url}/api/call_range?domain_name={domain}&from={day}&to={day}&fields=end_stamp,direction,caller_id_number,destination_number,billsec&format=csv'
+  '{url}/api/call_range?domain_name={domain}&from={day}&to={day}&fields=end_stamp,direction,caller_id_number,destination_number,billsec&format=csv&limit=10'
 
 curl -s -X POST -H "Authorization: Bearer $TOKEN" {url}/api/logout
 """
