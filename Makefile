@@ -2,13 +2,16 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test lint bench lock clean
+.PHONY: run test torture lint bench lock clean
 
 run: $(VENV)/run ## serve on http://127.0.0.1:8000 (PORT= chooses another)
 	@$(BIN)/python -m demo
 
 test: $(VENV)/test ## the whole suite, on an embedded PostgreSQL
 	$(BIN)/python -m pytest
+
+torture: $(VENV)/test ## the feed, with writers and crashes for twenty minutes
+	TORTURE_SECONDS=600 $(BIN)/python -m pytest -s tests/test_torture.py
 
 lint: $(VENV)/test ## ruff and mypy
 	$(BIN)/ruff check .

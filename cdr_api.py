@@ -1388,24 +1388,34 @@ def read_feed_cursor(text: str) -> FeedCursor:
 
 def check_feed_cursor(cursor: FeedCursor, account_id: int, purpose: str, snapshot: Mapping[str, Any]) -> None:
     """Raises ApiError 410, with where to begin anew, for a cursor that cannot be continued."""
-    behind = snapshot["horizon"] - (cursor.low or cursor.high or 0)
+    ahead = (cursor.high or cursor.low or 0) > snapshot["horizon"]
+    age = snapshot["horizon"] - (cursor.low or cursor.high or 0)
     if cursor.account_id != account_id:
         raise ApiError(410, "This cursor was given to another account: begin anew with from=.")
     if cursor.cluster != snapshot["cluster"]:
         gone(cursor.since, "This cursor is of another database cluster")
     if cursor.purpose != purpose:
         gone(cursor.since, "This cursor was made with other filters, or the account's domains have changed since")
-    if behind < 0 and snapshot["in_recovery"]:
+    if ahead and snapshot["in_recovery"]:
         raise ApiError(503, "This standby is behind the cursor: try again soon.", headers={"Retry-After": "5"})
-    if behind < 0:
+    if ahead:
         gone(cursor.since, "This cursor is ahead of the database, as after the restore of a backup")
-    if behind > OLDEST_CURSOR:
+    if age > OLDEST_CURSOR:
         gone(cursor.since, "This cursor is too old")
 
 
 def gone(since: str, reason: str) -> NoReturn:
     resync = {"from": since, "how": "poll with this from and without a cursor; calls that you have come again"}
     raise ApiError(410, f"{reason}: begin anew with from=, calls that you have come again.", resync)
+
+
+def find_horizon() -> int:
+    """A transaction id: all below it have ended, and no crash undoes that."""
+    with service().calls.connection() as connection:
+        found = run(connection, "find_horizon")[0]
+        if not found["durable"]:
+            run(connection, "flush_wal")
+    return int(found["horizon"])
 
 
 def open_feed(values: Mapping[str, Any], purpose: str, snapshot: Mapping[str, Any]) -> FeedCursor:
@@ -1467,9 +1477,12 @@ def call_feed() -> Response:
     kind = choose_format(values["format"])
     domains = read_domains(values["domain_name"])
     purpose = digest_purpose(values, domains["domain_uuids"])
+    horizon = find_horizon()
     with transaction(sort=True) as (connection, begin):
         connection.execute(begin)
         snapshot = run(connection, "find_snapshot")[0]
+        # The two may come from different servers of one DSN.
+        snapshot["horizon"] = min(horizon, snapshot["horizon"])
         cursor = open_feed(values, purpose, snapshot)
         window = feed_window(cursor, values, domains)
         parts = window.parts(cursor.key and (cursor.key[0], cursor.key[1]), values["limit"])

@@ -20,6 +20,7 @@ from cdr_api import create_app
 
 DOMAIN = "bench.example.com"
 WINDOW_DAYS = 45
+JOINED = 20_000  # calls; the join of more takes minutes
 SELF_JOIN = """
     SELECT max(active) FROM (
         SELECT count(*) AS active
@@ -87,7 +88,9 @@ def measure_polls(server: demo.PostgresServer, name: str, runs: int) -> tuple[fl
         window = f"domain_name = '{DOMAIN}' AND end_stamp > now() - interval '{WINDOW_DAYS} days'"
         query = f"SELECT count(*) FROM v_xml_cdr WHERE {window}"
         (calls,) = connection.execute(query).fetchall()[0]
-        connection.execute("SET enable_indexonlyscan = off")  # as the poll, it looks at the rows
+        # As the poll, it looks at the rows and goes by the index.
+        connection.execute("SET enable_indexonlyscan = off")
+        connection.execute("SET random_page_cost = 1.1")
         return empty, measure(lambda: connection.execute(query).fetchall(), runs), calls
 
 
@@ -103,6 +106,8 @@ def measure_peaks(server: demo.PostgresServer, calls: int, runs: int) -> str:
         rows = poller.client.get("/api/concurrent_calls_by_domain", query_string=day, headers=poller.headers).get_json()
         peak = max(row["active_calls"] for row in rows)
         sweep = measure(lambda: poller.get("/api/concurrent_calls_by_domain", **day), runs)
+        if calls > JOINED:
+            return f"| {calls:,} | {peak:,} | {sweep:.2f} | - | - |"
         found: list[int] = []
         joined = measure(lambda: found.append(connection.execute(SELF_JOIN).fetchall()[0][0]), 1)
     assert found[0] == peak, (found, peak)
@@ -126,7 +131,7 @@ def main() -> None:
         print(f"| {total:,} | {calls:,} | {poll:.2f} | {count:.2f} | {poll / count:.2f} |", flush=True)
     print("\n| calls of the day | peak | concurrent_calls_by_domain, s | self-join, s | ratio |")
     print("|---:|---:|---:|---:|---:|")
-    for calls in (10_000, 100_000):
+    for calls in (10_000, 20_000, 100_000):
         print(measure_peaks(server, calls, arguments.runs), flush=True)
 
 

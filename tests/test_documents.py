@@ -7,6 +7,8 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 import click
 import pytest
@@ -62,6 +64,27 @@ def test_the_lines_that_make_run_prints_work_when_pasted(gunicorn: Gunicorn) -> 
     assert calls
     assert "end_stamp,direction,caller_id_number,destination_number,billsec\n" in rest
     assert "Logged out" in rest
+
+
+THREE = [
+    ("0b9e2f6c-6a53-4c0e-9c5e-0d9c4b3f7a11", 60),
+    ("51424551-36f8-fa7b-19d8-7c8438867033", 0),
+    (str(UUID(int=7)), 7200),
+]
+
+
+def test_the_digests_of_the_readme_are_those_of_the_service(make_database: DatabaseMaker) -> None:
+    database = make_database()
+    for uuid, billsec in THREE:
+        database.insert_call(xml_cdr_uuid=uuid, billsec=billsec)
+    client = database.client(database.account("alpha.example.com"))
+    digest = client.get("/api/call_totals", **{"from": "2026-01-01", "to": "2026-12-31"}).get_json()[0]["digest"]
+    section = README.partition("## How to bill")[2]
+    names: dict[str, Any] = {}
+    exec(section.partition("```python\n")[2].partition("```")[0], names)
+    assert names["digest"](THREE) == digest
+    (statement,) = re.findall(r"```sql\n(.*?)```", section, re.DOTALL)
+    assert database.execute(statement.replace("FROM ledger", "FROM v_xml_cdr")) == [(digest,)]
 
 
 def test_every_route_is_in_the_readme(database: Database) -> None:

@@ -1,0 +1,539 @@
+"""The programs in examples/, run as cron would against the service as shipped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import socketserver
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+
+from tests.conftest import ROOT, Database, DatabaseMaker, Gunicorn, serve
+
+ALPHA, BETA = "alpha.example.com", "beta.example.com"
+TODAY = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)  # midnight
+FIRST = str((TODAY - timedelta(days=30)).date())
+KILLS = 20
+
+Rows = dict[str, tuple[str, int, str]]  # by uuid: domain, billsec, end in UTC
+
+
+def utc(stamp: datetime) -> str:
+    return stamp.astimezone(UTC).isoformat()
+
+
+def table(database: Database, *domains: str) -> Rows:
+    """The calls that the PBX has of some domains."""
+    rows = database.execute(
+        "SELECT xml_cdr_uuid::text, domain_name, billsec, end_stamp FROM v_xml_cdr WHERE domain_name = ANY(%s)",
+        [list(domains) or [ALPHA]],
+    )
+    return {uuid: (domain, int(billsec), utc(end)) for uuid, domain, billsec, end in rows}
+
+
+def add_calls(database: Database, calls: int, domain: str = ALPHA, days: int = 20) -> None:
+    """Calls that ended within so many days, one of them this day."""
+    database.execute(
+        "INSERT INTO v_xml_cdr (xml_cdr_uuid, domain_uuid, domain_name, end_stamp, billsec, billmsec, leg)"
+        " SELECT gen_random_uuid(), md5('domain ' || %(domain)s)::uuid, %(domain)s,"
+        " %(today)s - i %% %(days)s * interval '1 day' - i * interval '1 second', i %% 600, i %% 600 * 1000, 'a'"
+        " FROM generate_series(1, %(calls)s) AS i",
+        {"domain": domain, "today": TODAY, "days": days, "calls": calls},
+    )
+
+
+@dataclass
+class Poller:
+    """One of the two programs, with a folder and an environment of its own."""
+
+    program: str
+    folder: Path
+    environ: dict[str, str]
+
+    def command(self, *options: str, limit: int = 10_000, patience: int = 0) -> list[str]:
+        if self.program == "poll_feed.sh":
+            self.environ |= {"CDR_LIMIT": str(limit), "CDR_PATIENCE": str(patience)}
+            return ["bash", str(ROOT / "examples/poll_feed.sh"), *options, str(self.folder)]
+        numbers = ["--limit", str(limit), "--patience", str(patience)]
+        return self.python("poll", "--from", self.environ["FROM"], *numbers, *options)
+
+    def python(self, *arguments: str) -> list[str]:
+        return [sys.executable, str(ROOT / "examples/poll_feed.py"), "--ledger", str(self.ledger), *arguments]
+
+    @property
+    def ledger(self) -> Path:
+        return self.folder / "ledger.sqlite"
+
+    def start(self, command: list[str]) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=self.environ, stdout=subprocess.DEVNULL, stderr=pipe, text=True)
+
+    def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, env=self.environ, capture_output=True, text=True, check=False, timeout=120)
+
+    def poll(self, *options: str, status: int = 0, limit: int = 10_000) -> subprocess.CompletedProcess[str]:
+        done = self.run(self.command(*options, limit=limit))
+        assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
+        return done
+
+    def through(self, url: str) -> subprocess.CompletedProcess[str]:
+        """A poll by way of another URL."""
+        own, self.environ["CDR_URL"] = self.environ["CDR_URL"], url
+        done = self.run(self.command())
+        self.environ["CDR_URL"] = own
+        return done
+
+    def reconcile(self, *options: str, status: int = 0, first: str = FIRST) -> str:
+        done = self.run(self.python("reconcile", "--from", first, "--to", str(TODAY.date()), *options))
+        assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
+        return done.stdout
+
+    def execute(self, statement: str, values: tuple[Any, ...] = ()) -> list[Any]:
+        with closing(sqlite3.connect(self.ledger)) as ledger, ledger:
+            return ledger.execute(statement, values).fetchall()
+
+    def rows(self) -> Rows:
+        if self.program == "poll_feed.sh":
+            calls = self.spooled()
+        elif self.ledger.exists():
+            names = ("xml_cdr_uuid", "domain_name", "billsec", "end_stamp")
+            found = self.execute(f"SELECT {', '.join(names)} FROM calls WHERE gone_at IS NULL")
+            calls = [dict(zip(names, row, strict=True)) for row in found]
+        else:
+            calls = []
+        return {
+            call["xml_cdr_uuid"]: (
+                call["domain_name"],
+                call["billsec"],
+                utc(datetime.fromisoformat(call["end_stamp"])),
+            )
+            for call in calls
+        }
+
+    def spooled(self) -> list[dict[str, Any]]:
+        """The calls of the spool, those of later files last."""
+        files = sorted(self.folder.glob("spool/*.ndjson"))
+        return [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
+
+
+@dataclass
+class Stage:
+    """A database, the service on it, and a poller whose account may read alpha.example.com."""
+
+    database: Database
+    gunicorn: Gunicorn
+    poller: Poller
+    email: str
+
+    def flask(self, *arguments: str) -> None:
+        result = self.database.app().test_cli_runner().invoke(args=arguments)
+        assert result.exit_code == 0, result.output
+
+    def grant(self, domain: str) -> None:
+        self.flask("user", "grant", self.email, domain)
+
+    def revoke(self, domain: str) -> None:
+        self.flask("user", "revoke", self.email, domain)
+
+
+StageMaker = Callable[[str], Stage]
+
+
+@pytest.fixture(scope="module")
+def database(make_database: DatabaseMaker) -> Database:
+    return make_database(index=True)
+
+
+@pytest.fixture(scope="module")
+def gunicorn(database: Database) -> Iterator[Gunicorn]:
+    with serve(database.dsn, CDR_API_POOL_TIMEOUT="200ms") as running:
+        yield running
+
+
+@pytest.fixture
+def make_stage(database: Database, gunicorn: Gunicorn, tmp_path: Path) -> StageMaker:
+    """Makes a stage without calls, and a poller that has not polled yet."""
+
+    def make(program: str) -> Stage:
+        if program == "poll_feed.sh" and not (shutil.which("jq") and shutil.which("curl")):
+            pytest.skip("poll_feed.sh needs curl and jq")
+        database.execute("TRUNCATE v_xml_cdr")
+        email = f"billing{next(database.numbers)}@example.com"
+        token = database.account(ALPHA, email=email)
+        environ = {"PATH": os.environ["PATH"], "CDR_URL": f"{gunicorn.url}/api", "CDR_TOKEN": token, "FROM": FIRST}
+        return Stage(database, gunicorn, Poller(program, tmp_path, environ), email)
+
+    return make
+
+
+@pytest.fixture(params=["poll_feed.sh", "poll_feed.py"])
+def stage(make_stage: StageMaker, request: Any) -> Stage:
+    return make_stage(request.param)
+
+
+@pytest.fixture
+def python_stage(make_stage: StageMaker) -> Stage:
+    return make_stage("poll_feed.py")
+
+
+def test_polls_bring_every_call_the_late_and_the_changed_too(stage: Stage) -> None:
+    add_calls(stage.database, 230)
+    add_calls(stage.database, 5, BETA)
+    stage.poller.poll(limit=100)
+    assert len(stage.poller.rows()) == 230
+    assert stage.poller.rows() == table(stage.database)
+
+    late = stage.database.insert_call(end_stamp=TODAY - timedelta(days=25))
+    stage.database.execute(
+        "UPDATE v_xml_cdr SET billsec = 4711 WHERE xml_cdr_uuid ="
+        " (SELECT xml_cdr_uuid FROM v_xml_cdr WHERE domain_name = %s ORDER BY end_stamp DESC LIMIT 1)",
+        [ALPHA],
+    )
+    assert "2 calls" in stage.poller.poll().stdout
+    assert late in stage.poller.rows()
+    assert stage.poller.rows() == table(stage.database)
+    assert "0 calls" in stage.poller.poll().stdout
+
+
+def test_what_an_open_transaction_holds_back_comes_later(stage: Stage) -> None:
+    add_calls(stage.database, 10)
+    with stage.database.connect() as slow, slow.transaction():
+        slow.execute(
+            "INSERT INTO v_xml_cdr (xml_cdr_uuid, domain_uuid, domain_name, end_stamp, billsec)"
+            " VALUES (gen_random_uuid(), md5('domain ' || %(d)s)::uuid, %(d)s, %(end)s, 7)",
+            {"d": ALPHA, "end": TODAY - timedelta(days=3)},
+        )
+        stage.poller.poll()
+        assert len(stage.poller.rows()) == 10
+    stage.poller.poll()
+    assert stage.poller.rows() == table(stage.database)
+    assert len(stage.poller.rows()) == 11
+
+
+@contextmanager
+def traffic(database: Database) -> Iterator[None]:
+    """Calls that arrive all the time, in transactions of all lengths, and calls that change."""
+    stop = threading.Event()
+
+    def write(number: int) -> None:
+        dice = random.Random(number)
+        with database.connect() as connection:
+            while not stop.is_set():
+                with connection.transaction():
+                    for _ in range(dice.randint(1, 5)):
+                        connection.execute(
+                            "INSERT INTO v_xml_cdr (xml_cdr_uuid, domain_uuid, domain_name, end_stamp, billsec)"
+                            " VALUES (gen_random_uuid(), md5('domain ' || %(d)s)::uuid, %(d)s, %(end)s, %(b)s)",
+                            {
+                                "d": ALPHA,
+                                "end": TODAY - timedelta(hours=dice.randint(0, 500)),
+                                "b": dice.randint(0, 99),
+                            },
+                        )
+                    stop.wait(dice.uniform(0, 0.2))
+                connection.execute(
+                    "UPDATE v_xml_cdr SET billsec = billsec + 1 WHERE xml_cdr_uuid ="
+                    " (SELECT xml_cdr_uuid FROM v_xml_cdr TABLESAMPLE BERNOULLI (1) LIMIT 1)"
+                )
+
+    writers = [threading.Thread(target=write, args=[number]) for number in range(3)]
+    for writer in writers:
+        writer.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for writer in writers:
+            writer.join()
+
+
+def test_a_poller_that_is_killed_again_and_again_loses_nothing(stage: Stage) -> None:
+    begun = time.monotonic()
+    stage.poller.poll()
+    span = time.monotonic() - begun  # of a run that finds nothing
+    add_calls(stage.database, 2000)
+    kills = 0
+    with traffic(stage.database):
+        while kills < KILLS or not stage.poller.rows():
+            assert kills < 10 * KILLS, "no run stored anything"
+            with stage.poller.start(stage.poller.command(limit=40)) as process:
+                try:
+                    process.wait(timeout=random.uniform(0, 3 * span))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+            assert process.returncode in (0, -9), process.returncode
+            kills += process.returncode == -9
+    stage.poller.poll(limit=40)
+    stage.poller.poll()
+    assert stage.poller.rows() == table(stage.database)
+
+
+def test_two_runs_at_once_do_not_get_in_each_others_way(stage: Stage) -> None:
+    add_calls(stage.database, 500)
+    runs = [stage.poller.start(stage.poller.command(limit=50)) for _ in range(4)]
+    for process in runs:
+        with process:
+            assert process.wait(60) == 0
+    assert stage.poller.rows() == table(stage.database)
+
+
+def test_a_cursor_that_is_gone_stops_the_poller_until_it_may_begin_anew(stage: Stage) -> None:
+    add_calls(stage.database, 30)
+    add_calls(stage.database, 5, BETA)
+    stage.poller.poll()
+    before = stage.poller.rows()
+    stage.grant(BETA)
+    assert "--resync" in stage.poller.poll(status=3).stderr or stage.poller.program == "poll_feed.py"
+    assert stage.poller.rows() == before
+    assert "Beginning anew" in stage.poller.poll("--resync").stderr
+    assert stage.poller.rows() == table(stage.database, ALPHA, BETA)
+    assert "0 calls" in stage.poller.poll("--resync").stdout
+
+
+def test_a_token_that_is_refused_changes_nothing(stage: Stage) -> None:
+    add_calls(stage.database, 3)
+    stage.poller.poll()
+    before = stage.poller.rows()
+    add_calls(stage.database, 3)
+    good = stage.poller.environ["CDR_TOKEN"]
+    stage.poller.environ["CDR_TOKEN"] = "cdr_unknown"
+    assert "401" in stage.poller.poll(status=4).stderr
+    assert stage.poller.rows() == before
+    stage.poller.environ["CDR_TOKEN"] = good
+    stage.poller.poll()
+    assert stage.poller.rows() == table(stage.database)
+
+
+def test_the_first_poll_needs_to_know_where_to_begin(stage: Stage) -> None:
+    del stage.poller.environ["FROM"]
+    command = stage.poller.command() if stage.poller.program == "poll_feed.sh" else stage.poller.python("poll")
+    assert stage.poller.run(command).returncode == 2
+    stage.poller.environ["FROM"] = "yesterday"
+    assert "422" in stage.poller.poll(status=6).stderr
+
+
+def test_a_busy_service_is_waited_for_as_long_as_it_says(stage: Stage) -> None:
+    add_calls(stage.database, 3)
+    stage.poller.poll()
+    add_calls(stage.database, 3)
+    name = stage.database.name
+    with psycopg.connect(stage.database.server.get_uri(), autocommit=True) as admin:
+        admin.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
+        admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+        try:
+            assert "503" in stage.poller.poll(status=5).stderr
+            process = stage.poller.start(stage.poller.command(patience=60))
+            assert process.stderr
+            assert "Waiting 5 s" in process.stderr.readline()
+        finally:
+            admin.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
+    with process:
+        assert process.wait(60) == 0
+    assert stage.poller.rows() == table(stage.database)
+
+
+def command_lines() -> str:
+    lines = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(file.read_text("utf-8", "replace"))
+        except OSError:  # it ended meanwhile
+            continue
+    return "\n".join(lines)
+
+
+@dataclass
+class Cable:
+    """Between a client and the service: hands on what keep lets through, and cuts the connection.
+
+    Like some proxies it puts the length first, so that a cut head can look whole.
+    """
+
+    url: str
+    keep: Callable[[bytes], bytes]
+    seen: list[str] = field(default_factory=list)  # what ran meanwhile
+    answer: bytes = b""
+
+    def carry(self, request: bytes) -> bytes:
+        """The service's raw answer to a raw request, as far as it gets through."""
+        self.seen.append(command_lines())
+        address = urlsplit(self.url)
+        line, _, rest = request.partition(b"\r\n")
+        connection = HTTPConnection(address.hostname or "", address.port)
+        with closing(connection):
+            connection.connect()
+            connection.send(line + b"\r\nConnection: close\r\n" + rest)
+            self.answer = b""
+            while piece := connection.sock.recv(65536):
+                self.answer += piece
+        head, _, body = self.answer.partition(b"\r\n\r\n")
+        status, *headers = head.split(b"\r\n")
+        headers.sort(key=lambda header: not header.lower().startswith((b"content-length", b"transfer-encoding")))
+        return self.keep(b"\r\n".join([status, *headers, b"", body]))
+
+    @contextmanager
+    def laid(self) -> Iterator[str]:
+        """The URL of the cable's other end."""
+        carry = self.carry
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                request = b""
+                while not request.endswith(b"\r\n\r\n"):
+                    request += self.request.recv(65536)
+                self.request.sendall(carry(request))
+
+        with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+            thread = threading.Thread(target=server.serve_forever, args=[0.01])
+            thread.start()
+            try:
+                yield f"http://127.0.0.1:{server.server_address[1]}/api"
+            finally:
+                server.shutdown()
+                thread.join()
+
+
+Cut = Callable[[bytes], bytes]
+
+CUTS: dict[str, Cut] = {
+    "in the status line": lambda answer: answer[:10],
+    "in a header": lambda answer: answer[: answer.lower().index(b"x-next-cursor") + 40],
+    "behind a header": lambda answer: answer[: answer.index(b"\r\n", answer.lower().index(b"x-next-cursor")) + 2],
+}
+CUTS_OF_CALLS: dict[str, Cut] = {
+    "in the end of the head": lambda answer: answer[: answer.index(b"\r\n\r\n") + 2],
+    "behind the head": lambda answer: answer[: answer.index(b"\r\n\r\n") + 4],
+    "in the middle": lambda answer: answer[: len(answer) // 2],
+    "behind a line": lambda answer: answer[: answer.rindex(b"}\n", 0, len(answer) - 20) + 2],
+    # The last chunk is 0\r\n\r\n; behind its first three bytes the calls are whole.
+    "before the end": lambda answer: answer[:-5] if b"chunked" in answer else answer[:-1],
+}
+
+
+@pytest.mark.parametrize("calls", [0, 10, 2000], ids=["empty", "with a length", "in chunks"])
+def test_of_an_answer_that_was_cut_nothing_is_kept(stage: Stage, calls: int) -> None:
+    add_calls(stage.database, calls)
+    for name, cut in (CUTS | CUTS_OF_CALLS if calls else CUTS).items():
+        cable = Cable(stage.gunicorn.url, cut)
+        with cable.laid() as url:
+            done = stage.poller.through(url)
+        assert (done.returncode, stage.poller.rows()) == (5, {}), (name, done.stderr)
+        assert (b"chunked" in cable.answer) == (calls == 2000)
+    stage.poller.poll()
+    assert stage.poller.rows() == table(stage.database)
+
+
+def test_the_token_is_on_no_command_line(stage: Stage) -> None:
+    add_calls(stage.database, 3)
+    cable = Cable(stage.gunicorn.url, lambda answer: answer)
+    with cable.laid() as url:
+        assert stage.poller.through(url).returncode == 0
+    assert stage.poller.rows() == table(stage.database)
+    (seen,) = cable.seen
+    assert stage.poller.program in seen
+    assert stage.poller.environ["CDR_TOKEN"] not in seen
+
+
+def test_a_poll_that_crashed_before_its_cursor_was_kept_repeats_the_same_file(make_stage: StageMaker) -> None:
+    stage = make_stage("poll_feed.sh")
+    add_calls(stage.database, 10)
+    stage.poller.poll()
+    before = (stage.poller.folder / "cursor").read_text("ascii")
+    add_calls(stage.database, 5)
+    stage.poller.poll()
+    (stage.poller.folder / "cursor").write_text(before, "ascii")
+    add_calls(stage.database, 2)
+    stage.poller.poll()
+    files = sorted(stage.poller.folder.glob("spool/*"))
+    assert [len(file.read_text("utf-8").splitlines()) for file in files] == [10, 7]
+    assert not list(stage.poller.folder.glob("tmp.*"))
+
+
+def test_reconcile_repairs_a_ledger_that_was_damaged(python_stage: Stage) -> None:
+    stage = python_stage
+    add_calls(stage.database, 500)
+    stage.poller.poll()
+    assert "equals" in stage.poller.reconcile()
+    right = stage.poller.rows()
+    missing, changed, moved, *_ = sorted(right)
+    stage.poller.execute("DELETE FROM calls WHERE xml_cdr_uuid = ?", (missing,))
+    stage.poller.execute("UPDATE calls SET billsec = billsec + 60 WHERE xml_cdr_uuid = ?", (changed,))
+    stage.poller.execute("UPDATE calls SET ended = '2099' || substr(ended, 5) WHERE xml_cdr_uuid = ?", (moved,))
+    extra = "ffffffff-0000-4000-8000-000000000001"
+    stage.poller.execute(
+        "INSERT INTO calls (xml_cdr_uuid, domain_name, billsec, billmsec, end_stamp, ended)"
+        " VALUES (?, ?, 9, 9000, ?, ?)",
+        (extra, ALPHA, f"{FIRST}T12:00:00+00:00", f"{FIRST}T12:00:00.000000Z"),
+    )
+    said = stage.poller.reconcile()
+    assert "0 added or corrected, 0 moved elsewhere, 1 gone" in said
+    assert stage.poller.rows() == right
+    assert stage.poller.execute("SELECT count(*) FROM calls WHERE gone_at IS NOT NULL") == [(1,)]
+    assert said.count("\n") <= 5, "only the days that differ were read again"
+    assert stage.poller.reconcile().startswith("The ledger equals the PBX")
+
+
+def test_reconcile_finds_what_the_feed_cannot_know(python_stage: Stage) -> None:
+    """Calls that were deleted, moved to another day, or stored later than the feed looks back."""
+    stage = python_stage
+    add_calls(stage.database, 50)
+    stage.poller.poll()
+    deleted, moved, *_ = sorted(stage.poller.rows())
+    stage.database.execute("DELETE FROM v_xml_cdr WHERE xml_cdr_uuid = %s", [deleted])
+    stage.database.execute(
+        "UPDATE v_xml_cdr SET end_stamp = end_stamp - interval '1 day' WHERE xml_cdr_uuid = %s", [moved]
+    )
+    stage.database.insert_call(end_stamp=TODAY - timedelta(days=80))
+    stage.poller.reconcile(first=str((TODAY - timedelta(days=90)).date()))
+    assert stage.poller.rows() == table(stage.database)
+    assert stage.poller.execute("SELECT xml_cdr_uuid FROM calls WHERE gone_at IS NOT NULL") == [(deleted,)]
+
+
+@pytest.mark.parametrize("zone", ["America/Caracas", "Asia/Kolkata", "Pacific/Auckland"])
+def test_reconcile_agrees_about_the_days_of_a_zone(python_stage: Stage, zone: str) -> None:
+    stage = python_stage
+    add_calls(stage.database, 300, days=28)
+    for seconds in (-0.000001, 0, 0.000001):
+        for hours in range(-12, 13):
+            stage.database.insert_call(end_stamp=TODAY - timedelta(days=4, hours=hours, seconds=seconds))
+    stage.poller.poll()
+    assert stage.poller.reconcile("--tz", zone).startswith("The ledger equals")
+    stage.poller.execute("DELETE FROM calls WHERE rowid % 7 = 0")
+    assert "The ledger equals" in stage.poller.reconcile("--tz", zone, "--domain", ALPHA)
+    assert stage.poller.rows() == table(stage.database)
+
+
+def test_the_calls_of_a_domain_that_may_not_be_read_any_more_stay(python_stage: Stage) -> None:
+    stage = python_stage
+    stage.grant(BETA)
+    add_calls(stage.database, 20)
+    add_calls(stage.database, 20, BETA, days=2)
+    stage.poller.poll()
+    stage.revoke(BETA)
+    assert "left alone (403" in stage.poller.reconcile(status=7)
+    assert stage.poller.rows() == table(stage.database, ALPHA, BETA)
+
+
+def test_a_reconciliation_that_was_cut_keeps_nothing(python_stage: Stage) -> None:
+    stage = python_stage
+    add_calls(stage.database, 20, days=1)
+    with Cable(stage.gunicorn.url, lambda answer: answer[:-1] if b"ndjson" in answer else answer).laid() as url:
+        stage.poller.environ["CDR_URL"] = url
+        stage.poller.reconcile(status=5)
+    assert stage.poller.rows() == {}
