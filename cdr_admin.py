@@ -295,7 +295,7 @@ def run_checks() -> Iterator[Finding]:
     yield from check_settings(settings, os.environ)
     yield from check_server("CDR_API_DSN", settings.dsn, (check_role, check_side_tables, check_accounts))
     variable = "CDR_API_CALLS_DSN" if settings.calls_dsn else "calls"
-    calls_checks = [check_columns, check_index, check_stray_calls, check_time_zone, check_clock]
+    calls_checks = [check_columns, check_index, check_stray_calls, check_late_calls, check_time_zone, check_clock]
     if settings.calls_dsn:
         calls_checks.insert(0, check_role)
     yield from check_server(variable, settings.calls_dsn or settings.dsn, calls_checks)
@@ -447,6 +447,18 @@ def check_stray_calls(connection: Connection) -> Iterator[Finding]:
         yield BAD, "stray calls", f"{calls} bear another name than their domain has; as FusionPBX does: {update}"
     else:
         yield GOOD, "stray calls", "every call bears the name of its domain"
+
+
+def check_late_calls(connection: Connection) -> Iterator[Finding]:
+    days = service().settings.lookback_days
+    calls = run(connection, "count_late_calls", days=days)[0]["calls"]
+    if calls:
+        text = (
+            f"{calls} were stored more than {days} days after their end; the feed left them out, the totals show them"
+        )
+        yield NOTE, "late calls", text
+    else:
+        yield GOOD, "late calls", f"none was stored more than {days} days after its end"
 
 
 def check_time_zone(connection: Connection) -> Iterator[Finding]:

@@ -1353,7 +1353,7 @@ class FeedCursor:
     """
 
     version: int
-    cluster: str  # PostgreSQL's system identifier
+    cluster: str  # PostgreSQL's system identifier and the database's oid
     account_id: int
     purpose: str  # a digest of the filters and of the domains
     low: int | None  # None: everything below high
@@ -1391,9 +1391,9 @@ def check_feed_cursor(cursor: FeedCursor, account_id: int, purpose: str, snapsho
     ahead = (cursor.high or cursor.low or 0) > snapshot["horizon"]
     age = snapshot["horizon"] - (cursor.low or cursor.high or 0)
     if cursor.account_id != account_id:
-        raise ApiError(410, "This cursor was given to another account: begin anew with from=.")
+        gone(cursor.since, "This cursor was given to another account")
     if cursor.cluster != snapshot["cluster"]:
-        gone(cursor.since, "This cursor is of another database cluster")
+        gone(cursor.since, "This cursor is of another database or cluster")
     if cursor.purpose != purpose:
         gone(cursor.since, "This cursor was made with other filters, or the account's domains have changed since")
     if ahead and snapshot["in_recovery"]:
@@ -1405,7 +1405,11 @@ def check_feed_cursor(cursor: FeedCursor, account_id: int, purpose: str, snapsho
 
 
 def gone(since: str, reason: str) -> NoReturn:
-    resync = {"from": since, "how": "poll with this from and without a cursor; calls that you have come again"}
+    how = (
+        "poll with this from and without a cursor; calls that you have come again; "
+        "the older calls of a domain that is new to you need a from of their own"
+    )
+    resync = {"from": since, "how": how}
     raise ApiError(410, f"{reason}: begin anew with from=, calls that you have come again.", resync)
 
 

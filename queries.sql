@@ -193,7 +193,8 @@ COMMIT;
 -- their names are those that every PostgreSQL from 11 on has.
 SELECT horizon,
        horizon + age((horizon %% 4294967296)::text::xid) AS next,
-       (SELECT system_identifier::text FROM pg_control_system()) AS cluster,
+       (SELECT system_identifier FROM pg_control_system())
+           || '.' || (SELECT oid FROM pg_database WHERE datname = current_database()) AS cluster,
        pg_is_in_recovery() AS in_recovery,
        CASE WHEN pg_is_in_recovery() THEN coalesce(pg_last_xact_replay_timestamp(), 'epoch') ELSE now() END AS seen
   FROM txid_snapshot_xmin(txid_current_snapshot()) AS horizon;
@@ -473,6 +474,17 @@ SELECT count(*) AS calls
   FROM v_xml_cdr AS cdr
   JOIN v_domains AS d USING (domain_uuid)
  WHERE cdr.domain_name IS DISTINCT FROM d.domain_name;
+
+-- name: count_late_calls
+-- One row: the calls that were stored so many days after they ended that the feed
+-- did not find them. Releases before 5.1 do not say when a call was stored.
+SELECT count(*) AS calls
+  FROM (SELECT NULL::timestamptz AS insert_date) AS absent
+ CROSS JOIN LATERAL (
+       SELECT FROM v_xml_cdr AS cdr
+        WHERE insert_date IS NOT NULL
+          AND (cdr.end_stamp > '04713-01-01 BC') IS TRUE
+          AND insert_date > cdr.end_stamp::timestamptz + %(days)s * interval '1 day') AS late;
 
 -- name: try_time_zone
 SELECT set_config('TimeZone', %(time_zone)s, true);

@@ -188,6 +188,7 @@ def test_check_is_content_with_a_good_installation(make_database: DatabaseMaker)
         "columns",
         "index",
         "stray calls",
+        "late calls",
         "time zone",
         "clock",
     ]
@@ -223,6 +224,15 @@ def test_check_names_an_index_whose_build_was_interrupted(make_database: Databas
     output = flask(database.app(), "check").output
     assert "✗ index              cdr_api_calls is the rest of a build that was interrupted" in output
     assert lines["index"].startswith("✗ index              no index serves ranges")
+
+
+def test_check_counts_the_calls_that_came_too_late_for_the_feed(make_database: DatabaseMaker) -> None:
+    database = make_database(calls=30, index=True)
+    assert check(database.app())[1]["late calls"].startswith("✓")
+    database.insert_call(end_stamp="2026-01-01 00:00:00+00", insert_date="2026-02-14 00:00:00+00")
+    database.insert_call(end_stamp="2026-01-01 00:00:00+00", insert_date="2026-02-16 00:00:00+00")
+    assert check(database.app())[1]["late calls"].startswith("! late calls         1 were stored")
+    assert check(database.app(CDR_API_LOOKBACK_DAYS="60"))[1]["late calls"].startswith("✓")
 
 
 def test_check_prints_an_index_for_4_x_too(make_database: DatabaseMaker) -> None:

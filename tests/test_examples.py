@@ -226,33 +226,32 @@ def test_what_an_open_transaction_holds_back_comes_later(stage: Stage) -> None:
     assert len(stage.poller.rows()) == 11
 
 
+def write_calls(database: Database, stop: threading.Event) -> None:
+    """Calls that arrive until stop, in transactions of all lengths, and calls that change."""
+    with database.connect() as connection:
+        while not stop.is_set():
+            with connection.transaction():
+                for _ in range(random.randint(1, 5)):
+                    connection.execute(
+                        "INSERT INTO v_xml_cdr (xml_cdr_uuid, domain_uuid, domain_name, end_stamp, billsec)"
+                        " VALUES (gen_random_uuid(), md5('domain ' || %(d)s)::uuid, %(d)s, %(end)s, %(b)s)",
+                        {
+                            "d": ALPHA,
+                            "end": TODAY - timedelta(hours=random.randint(0, 500)),
+                            "b": random.randint(0, 99),
+                        },
+                    )
+                stop.wait(random.uniform(0, 0.2))
+            connection.execute(
+                "UPDATE v_xml_cdr SET billsec = billsec + 1 WHERE xml_cdr_uuid ="
+                " (SELECT xml_cdr_uuid FROM v_xml_cdr TABLESAMPLE BERNOULLI (1) LIMIT 1)"
+            )
+
+
 @contextmanager
 def traffic(database: Database) -> Iterator[None]:
-    """Calls that arrive all the time, in transactions of all lengths, and calls that change."""
     stop = threading.Event()
-
-    def write(number: int) -> None:
-        dice = random.Random(number)
-        with database.connect() as connection:
-            while not stop.is_set():
-                with connection.transaction():
-                    for _ in range(dice.randint(1, 5)):
-                        connection.execute(
-                            "INSERT INTO v_xml_cdr (xml_cdr_uuid, domain_uuid, domain_name, end_stamp, billsec)"
-                            " VALUES (gen_random_uuid(), md5('domain ' || %(d)s)::uuid, %(d)s, %(end)s, %(b)s)",
-                            {
-                                "d": ALPHA,
-                                "end": TODAY - timedelta(hours=dice.randint(0, 500)),
-                                "b": dice.randint(0, 99),
-                            },
-                        )
-                    stop.wait(dice.uniform(0, 0.2))
-                connection.execute(
-                    "UPDATE v_xml_cdr SET billsec = billsec + 1 WHERE xml_cdr_uuid ="
-                    " (SELECT xml_cdr_uuid FROM v_xml_cdr TABLESAMPLE BERNOULLI (1) LIMIT 1)"
-                )
-
-    writers = [threading.Thread(target=write, args=[number]) for number in range(3)]
+    writers = [threading.Thread(target=write_calls, args=[database, stop]) for _ in range(3)]
     for writer in writers:
         writer.start()
     try:
@@ -490,15 +489,16 @@ def test_reconcile_repairs_a_ledger_that_was_damaged(python_stage: Stage) -> Non
 
 
 def test_reconcile_finds_what_the_feed_cannot_know(python_stage: Stage) -> None:
-    """Calls that were deleted, moved to another day, or stored later than the feed looks back."""
+    """Calls that were deleted, moved to another day or out of the range, or stored later than the feed looks back."""
     stage = python_stage
     add_calls(stage.database, 50)
     stage.poller.poll()
-    deleted, moved, *_ = sorted(stage.poller.rows())
+    deleted, moved, away, *_ = sorted(stage.poller.rows())
     stage.database.execute("DELETE FROM v_xml_cdr WHERE xml_cdr_uuid = %s", [deleted])
-    stage.database.execute(
-        "UPDATE v_xml_cdr SET end_stamp = end_stamp - interval '1 day' WHERE xml_cdr_uuid = %s", [moved]
-    )
+    for uuid, days in ((moved, 1), (away, 200)):
+        stage.database.execute(
+            "UPDATE v_xml_cdr SET end_stamp = end_stamp - %s * interval '1 day' WHERE xml_cdr_uuid = %s", [days, uuid]
+        )
     stage.database.insert_call(end_stamp=TODAY - timedelta(days=80))
     stage.poller.reconcile(first=str((TODAY - timedelta(days=90)).date()))
     assert stage.poller.rows() == table(stage.database)
