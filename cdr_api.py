@@ -700,10 +700,9 @@ def read_domains(domain_name: str | None) -> dict[str, Any]:
     """
     account = current_account()
     if domain_name is None:
-        found = service().accounts.rows("find_domains", account_id=account.account_id, all_domains=account.all_domains)[
-            0
-        ]
-        return {"domain_name": None} | {name: value or [] for name, value in found.items()}
+        values = {"account_id": account.account_id, "all_domains": account.all_domains}
+        (row,) = service().accounts.rows("find_domains", **values)
+        return {"domain_name": None} | {name: value or [] for name, value in row.items()}
     found = service().accounts.rows("find_domain", account_id=account.account_id, domain_name=domain_name)[0]
     if account.all_domains and not found["domains"]:
         raise ApiError(404, "There is no such domain.")
@@ -1061,14 +1060,21 @@ FIRST_UUID = "00000000-0000-0000-0000-000000000000"
 LAST_UUID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 
 
-def parse_fields(text: str) -> tuple[str, ...]:
-    fields = tuple(text.split(","))
-    if unknown := [name for name in fields if name not in FIELDS]:
-        raise ValueError(f"names unknown fields: {', '.join(unknown)[:200]}")
-    if len(set(fields)) < len(fields):
-        raise ValueError("names a field twice")
-    return fields
+def read_list(known: Collection[str], noun: str, hint: str = "") -> Callable[[str], tuple[str, ...]]:
+    """Reads names of a closed list, with commas between them, none twice."""
 
+    def read(text: str) -> tuple[str, ...]:
+        names = tuple(text.split(","))
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"names unknown {noun}s: {', '.join(unknown)[:200]}{hint}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"names a {noun} twice")
+        return names
+
+    return read
+
+
+parse_fields = read_list(FIELDS, "field")
 
 FILTERS: Parsers = {
     "direction": str,
@@ -1233,7 +1239,7 @@ def answer_calls(values: Mapping[str, Any]) -> Response:
     found = range_values(values, service().time_zone) if in_range else select_values(values)
     purpose = [current_account().account_id, request.path, values["domain_name"], found]
     window = Window(found | domains, may_be_undated=not in_range or found["by"] == "start")
-    key = values["after"] if values["after"] is None else read_cursor(purpose, "after", values["after"])
+    key = None if values["after"] is None else read_cursor(purpose, "after", values["after"])
     parts = window.parts(key, values["limit"])
     headers = {}
     with transaction(sort=found["by"] == "start") as (connection, begin):
@@ -1505,16 +1511,7 @@ def call_feed() -> Response:
 # Totals -----------------------------------------------------------------------
 
 GROUPS = ("domain_name", "direction", "hangup_cause", "accountcode", "extension_uuid", "hour", "day", "month")
-
-
-def parse_groups(text: str) -> tuple[str, ...]:
-    groups = tuple(text.split(","))
-    if unknown := [name for name in groups if name not in GROUPS]:
-        raise ValueError(f"knows {', '.join(GROUPS)}, but not {', '.join(unknown)[:200]}")
-    if len(set(groups)) < len(groups):
-        raise ValueError("names a group twice")
-    return groups
-
+parse_groups = read_list(GROUPS, "group", f"; it knows {', '.join(GROUPS)}")
 
 TOTALS: Parsers = {
     "from": parse_moment,
