@@ -179,14 +179,17 @@ def revoke(email: str, domains: Sequence[str]) -> None:
 @user.command("password")
 @click.argument("email")
 @click.option("--password-stdin", is_flag=True, help="Read the password from standard input.")
+@click.option("--revoke-tokens", is_flag=True, help="Delete every token of the account, too.")
 @one_line_errors
-def change_password(email: str, password_stdin: bool) -> None:
-    """Set a new password. Tokens stay good: see flask token revoke."""
+def change_password(email: str, password_stdin: bool, revoke_tokens: bool) -> None:
+    """Set a new password. Tokens stay good, unless --revoke-tokens is given."""
     password_hash = generate_password_hash(read_new_password(email, password_stdin))
     with transaction() as connection:
-        account = find_account(connection, email)
-        run(connection, "set_password", account_id=account["account_id"], password_hash=password_hash)
-    click.echo(f"The password of {email} is changed.")
+        account_id = find_account(connection, email)["account_id"]
+        run(connection, "set_password", account_id=account_id, password_hash=password_hash)
+        if revoke_tokens:
+            run(connection, "delete_tokens", account_id=account_id)
+    click.echo(f"The password of {email} is changed{' and its tokens are deleted' if revoke_tokens else ''}.")
 
 
 @user.command("disable")
@@ -272,7 +275,7 @@ def revoke_token(token_id: int) -> None:
 Finding = tuple[str, str, str]  # a mark, the subject, what was found and what mends it
 GOOD, NOTE, BAD = "✓", "!", "✗"
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RANGE_INDEX = "CREATE INDEX CONCURRENTLY IF NOT EXISTS cdr_api_calls ON v_xml_cdr (domain_name, end_stamp, {key});"
 DOMAIN_INDEX = "CREATE INDEX CONCURRENTLY IF NOT EXISTS cdr_api_calls ON v_xml_cdr (domain_name);"
 

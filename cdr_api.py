@@ -9,6 +9,7 @@ Read this module from top to bottom; each part needs only those above it:
     Parameters       what a request says, parsed and refused in one place
     Time ranges      from and to, in the service's time zone
     Authentication   bearer tokens, and which domain an account may read
+    Guessing         failed logins: slowed down, and told to syslog
     Accounts         register, login, logout
     Stream           rows of COPY as JSON, NDJSON or CSV, batch by batch
     Calls            calls, call_range, domains
@@ -26,17 +27,23 @@ to store, collected in demo/README.md.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
+import ipaddress
 import json
 import logging
+import logging.handlers
 import os
 import re
 import secrets
 import select
+import socket
+import threading
+import time
 import zoneinfo
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from pathlib import Path
@@ -48,20 +55,19 @@ import itsdangerous
 import psycopg
 from flask import Blueprint, Flask, Response, current_app, request
 from flask_httpauth import HTTPTokenAuth
+from gunicorn.http.errors import ParseException
 from psycopg import conninfo, generators, pq, sql
+from psycopg.abc import RV, PQGen
 from psycopg.rows import dict_row
-from psycopg_pool import ConnectionPool
+from psycopg_pool import ConnectionPool, PoolTimeout
 from werkzeug.datastructures import MIMEAccept
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.security import check_password_hash, generate_password_hash
 
 __version__ = "0.1.0"
 
 log = logging.getLogger("cdr_api")
-
-Connection = psycopg.Connection[dict[str, Any]]
-
 
 # Settings ---------------------------------------------------------------------
 
@@ -116,6 +122,19 @@ def read_milliseconds(text: str) -> int:
     return int(match[1]) * units[match[2]]
 
 
+def read_syslog(text: str) -> str:
+    if text != "off" and not text.startswith("/"):
+        raise ValueError("must be the path of syslog's socket, such as /dev/log, or off")
+    return text
+
+
+def read_origins(text: str) -> tuple[str, ...]:
+    origins = read_names(text)
+    if not all(re.fullmatch(r"https?://[a-z0-9.:\[\]-]+", origin) for origin in origins):
+        raise ValueError("must be origins such as https://billing.example.com, with commas between them")
+    return origins
+
+
 @dataclass(frozen=True)
 class Settings:
     """The CDR_API_* environment, checked. Times are in milliseconds."""
@@ -132,6 +151,11 @@ class Settings:
     workers: int = field(default=os.cpu_count() or 1, metadata={"read": read_integer(1, 256)})
     lookback_days: int = field(default=45, metadata={"read": read_integer(1, 3650)})
     threads: int = field(default=8, metadata={"read": read_integer(1, 256)})
+    account_streams: int = field(default=8, metadata={"read": read_integer(1, 256)})
+    client_timeout: int = field(default=60_000, metadata={"read": read_milliseconds})
+    min_rate: int = field(default=16_384, metadata={"read": read_integer(1, 10**9)})  # bytes per second
+    syslog: str = field(default="/dev/log", metadata={"read": read_syslog})
+    cors_origins: tuple[str, ...] = field(default=(), metadata={"read": read_origins})
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Settings:
@@ -256,6 +280,32 @@ CONNECTION_DEFAULTS = {
 }
 
 
+# How long the service waits for a statement that looks up a few rows, in seconds.
+PATIENCE = 10.0
+# How long a request waits for a server that is known to be away, in seconds.
+BRIEFLY = 0.1
+
+
+Connection = psycopg.Connection[dict[str, Any]]
+
+
+class PatientConnection(Connection):
+    """A connection that gives up a server which says nothing for patience seconds.
+
+    TCP notices a host that is gone, but not a server process that hangs.
+    """
+
+    patience = PATIENCE
+    may_be_long = True  # whether the account has room for another long answer
+
+    def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
+        try:
+            return super().wait(gen, interval, timeout or self.patience)
+        except psycopg.errors._WaitTimeout:  # noqa: SLF001 (psycopg has no public name for it)
+            self.close()
+            raise psycopg.OperationalError("the server does not answer") from None
+
+
 def is_alive(connection: Connection) -> bool:
     """Whether an idle connection still has its server, without a round trip.
 
@@ -278,9 +328,11 @@ class Database:
     def __init__(self, dsn: str, settings: Settings) -> None:
         given = conninfo.conninfo_to_dict(dsn)
         defaults = {name: value for name, value in CONNECTION_DEFAULTS.items() if name not in given}
-        self.pool: ConnectionPool[Connection] = ConnectionPool(
+        self.timeout = settings.pool_timeout / 1000
+        self.reachable = True
+        self.pool: ConnectionPool[PatientConnection] = ConnectionPool(
             conninfo.make_conninfo(dsn, **defaults),
-            connection_class=psycopg.Connection[dict[str, Any]],
+            connection_class=PatientConnection,
             kwargs={
                 "autocommit": True,
                 "prepare_threshold": None,
@@ -289,13 +341,18 @@ class Database:
             },
             min_size=0,
             max_size=settings.threads,
-            timeout=settings.pool_timeout / 1000,
-            reconnect_timeout=1,
+            reconnect_timeout=0,
+            configure=lambda _connection: self.note(reachable=True),
+            reconnect_failed=lambda _pool: self.note(reachable=False),
             open=False,
         )
 
+    def note(self, *, reachable: bool) -> None:
+        """Keeps in mind how the last attempt to connect ended."""
+        self.reachable = reachable
+
     @contextmanager
-    def connection(self) -> Iterator[Connection]:
+    def connection(self) -> Iterator[PatientConnection]:
         """A checked connection in autocommit mode.
 
         Raises psycopg.OperationalError when none is to be had in time.
@@ -306,16 +363,30 @@ class Database:
         finally:
             self.give_back(connection)
 
-    def borrow(self) -> Connection:
+    def borrow(self) -> PatientConnection:
         """A checked connection, to be handed back by give_back."""
         self.pool.open()
-        while not is_alive(connection := self.pool.getconn()):
+        while not is_alive(connection := self.take()):
             connection.close()
             self.pool.putconn(connection)  # which makes a new one
         return connection
 
-    def give_back(self, connection: Connection) -> None:
+    def take(self) -> PatientConnection:
+        """A connection of the pool; while the server is away the wait is short.
+
+        In pieces, since a failure to connect does not end the pool's wait.
+        """
+        deadline = time.monotonic() + self.timeout
+        while True:
+            try:
+                return self.pool.getconn(timeout=BRIEFLY)
+            except PoolTimeout:
+                if not self.reachable or time.monotonic() >= deadline:
+                    raise
+
+    def give_back(self, connection: PatientConnection) -> None:
         """Takes a connection in any state: cancels what runs on it, rolls back."""
+        connection.patience = PATIENCE
         end_transaction(connection)
         self.pool.putconn(connection)
 
@@ -332,10 +403,13 @@ def run(connection: Connection, statement: str, **values: Any) -> list[dict[str,
 
 
 class Service:
-    """What a worker holds: its settings, its pools, the signing key."""
+    """What a worker holds: its settings, its pools, room for long answers, the signing key."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        # Two threads are kept for short answers, as far as there are so many.
+        self.room = threading.BoundedSemaphore(max(1, settings.threads - 2))
+        self.auth_log = AuthLog(settings.syslog) if settings.syslog != "off" else None
         self.accounts = Database(settings.dsn, settings)
         self.calls = Database(settings.calls_dsn, settings) if settings.calls_dsn else self.accounts
 
@@ -423,10 +497,13 @@ def read_pairs(query: bytes) -> list[tuple[str, str]]:
 
 
 def read_body() -> list[tuple[str, Any]]:
-    """The pairs of a JSON object or a form; 415 or 422 for anything else."""
-    if request.mimetype == "multipart/form-data":
-        return [*request.form.items(multi=True), *request.files.items(multi=True)]
-    body = request.get_data()
+    """The pairs of a JSON object or a form; 400, 415 or 422 for anything else."""
+    try:
+        if request.mimetype == "multipart/form-data":
+            return [*request.form.items(multi=True), *request.files.items(multi=True)]
+        body = request.get_data()
+    except (OSError, ParseException, ClientDisconnected):
+        raise ApiError(400, "The body is not what its headers say, or did not arrive in time.") from None
     # Of a body that does not say its length, werkzeug reads so much and no more.
     if request.content_length is None and len(body) >= current_app.config["MAX_CONTENT_LENGTH"]:
         raise RequestEntityTooLarge
@@ -664,6 +741,8 @@ def verify_token(token: str) -> Account | None:
     """The account of a live token, or None."""
     found = service().accounts.rows("authenticate", digest=digest_token(token))
     if not found:
+        if token:
+            report_failure("token")
         return None
     if found[0].pop("stale"):
         touch_token(found[0]["token_id"])
@@ -710,6 +789,80 @@ def read_domains(domain_name: str | None) -> dict[str, Any]:
         raise ApiError(403, "This account may not read this domain.")
     uuids = {name: found[name] or [] for name in ("domain_uuids", "other_uuids")}
     return {"domain_name": domain_name, "domain_names": [domain_name]} | uuids
+
+
+# Guessing ---------------------------------------------------------------------
+
+
+class AuthLog(logging.handlers.SysLogHandler):
+    """Failed logins in syslog, as FusionPBX writes its own and its fail2ban jail expects them (FACTS)."""
+
+    ident = "FusionPBX: "
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, self.LOG_AUTH)
+
+    def report(self, address: str, name: str) -> None:
+        """One line. The name comes from outside: nothing in it can pass for a line, or for an address."""
+        shown = re.sub(r"[^A-Za-z0-9@._+-]", "_", name[:100])
+        line = {"msg": f"[{address}] authentication failed for {shown}", "levelno": logging.WARNING}
+        self.handle(logging.makeLogRecord(line | {"levelname": "WARNING"}))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the library's name)
+        log.warning("syslog (CDR_API_SYSLOG) is not to be had at %s: %s", self.address, record.getMessage())
+
+
+def report_failure(name: str) -> None:
+    """Tells syslog of a login or token that was wrong, if the client's address is known."""
+    auth_log = service().auth_log
+    if auth_log and request.remote_addr:
+        auth_log.report(request.remote_addr, name)
+
+
+def name_network(address: str) -> str:
+    """What stands for one client: an IPv4 address, or the /64 that an IPv6 address lies in."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if found.version == 6 and found.ipv4_mapped:
+        return str(found.ipv4_mapped)
+    return str(ipaddress.ip_network((found, 64 if found.version == 6 else 32), strict=False))
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One login: counted as failed, for its account and for its address, before it is made.
+
+    Before, so that of many at the same time no more get through. Digests, since
+    what stands in the field for an e-mail address may be a password.
+    """
+
+    account: bytes
+    address: bytes | None
+
+    @classmethod
+    def count(cls, key: str) -> Attempt:
+        """Counts an attempt; ApiError 429 if the account or the address has to wait."""
+        address = request.remote_addr and digest_token("address " + name_network(request.remote_addr))
+        attempt = cls(digest_token("account " + key), address or None)
+        keys = sorted(filter(None, (attempt.account, attempt.address)))
+        with service().accounts.connection() as connection, connection.transaction():
+            run(connection, "delete_old_attempts")
+            if len(run(connection, "count_attempt", keys=keys)) < len(keys):
+                seconds = run(connection, "find_wait", keys=keys)[0]["seconds"]
+                report_failure(key)
+                message = f"Too many logins failed: wait {seconds} seconds."
+                raise ApiError(429, message, headers={"Retry-After": str(seconds)})
+        return attempt
+
+    def forgive(self, connection: Connection) -> None:
+        """Takes a right login out of the count: all of the account's, this one of the address's.
+
+        Else whoever has one account could guess at others for ever.
+        """
+        run(connection, "delete_attempts", key=self.account)
+        run(connection, "undo_attempt", key=self.address)
 
 
 # Accounts ---------------------------------------------------------------------
@@ -830,14 +983,18 @@ def register() -> tuple[dict[str, Any], int]:
 def login() -> dict[str, Any]:
     read_query({})
     values = parse_pairs(read_body(), {"email": str, "password": str}, {"email", "password"})
-    found = service().accounts.rows("find_account", email_key=email_key(values["email"]))
+    key = email_key(values["email"])
+    attempt = Attempt.count(key)
+    found = service().accounts.rows("find_account", email_key=key)
     account: dict[str, Any] = found[0] if found else {"password_hash": absent_hash(), "disabled_at": None}
     right = check_password_hash(account["password_hash"], values["password"])
     token = None
     if found and right and not account["disabled_at"]:
         with service().accounts.connection() as connection, connection.transaction():
+            attempt.forgive(connection)
             token = new_token(connection, account["account_id"], service().settings.token_days)
     if not token:
+        report_failure(key)
         raise ApiError(401, "The e-mail address or the password is wrong.", headers=UNAUTHENTICATED)
     return show_login(account, token)
 
@@ -933,7 +1090,7 @@ def copy_begins(results: list[pq.abc.PGresult]) -> bool:
     return results[-1].status == pq.ExecStatus.COPY_OUT
 
 
-def copy_rows(pgconn: pq.abc.PGconn, patience: int | None = None) -> Iterator[memoryview]:
+def copy_rows(pgconn: pq.abc.PGconn, patience: int) -> Iterator[memoryview]:
     """The rows of the COPY that runs, its end of success or failure not yet read.
 
     Raises psycopg.OperationalError when nothing comes for patience milliseconds.
@@ -949,7 +1106,7 @@ def copy_rows(pgconn: pq.abc.PGconn, patience: int | None = None) -> Iterator[me
             raise psycopg.OperationalError("the server stopped in the middle of its answer")
 
 
-def copy_batches(connection: Connection, query: bytes) -> Iterator[list[memoryview]]:
+def copy_batches(connection: PatientConnection, query: bytes) -> Iterator[list[memoryview]]:
     """The rows of the COPYs in a query, some BATCH_BYTES of them at a time.
 
     The last batch comes only after PostgreSQL reported success for all of the
@@ -963,7 +1120,7 @@ def copy_batches(connection: Connection, query: bytes) -> Iterator[list[memoryvi
     rows: list[memoryview] = []
     size = 0
     while copy_begins(results):
-        for row in copy_rows(pgconn):
+        for row in copy_rows(pgconn, int(connection.patience * 1000)):
             rows.append(row)
             size += len(row)
             if size >= BATCH_BYTES:
@@ -989,20 +1146,70 @@ def end_transaction(connection: Connection) -> None:
         connection.close()
 
 
+class Reader:
+    """The client of a long answer: cut off when it takes the answer too slowly.
+
+    In all it may keep the service waiting for CDR_API_CLIENT_TIMEOUT, and as
+    long again as CDR_API_MIN_RATE allows for the bytes that it took.
+    """
+
+    def __init__(self) -> None:
+        self.settings = service().settings
+        self.address = request.remote_addr
+        self.budget = self.settings.client_timeout / 1000  # seconds
+        self.since = time.monotonic()
+        self.poll = select.poll()
+        self.socket: socket.socket | None = request.environ.get("gunicorn.socket")
+        if self.socket:
+            self.poll.register(self.socket, select.POLLOUT)
+
+    def hand(self, chunk: bytes) -> bytes:
+        """Passes a chunk on, whose time begins now."""
+        self.budget += len(chunk) / self.settings.min_rate
+        self.since = time.monotonic()
+        return chunk
+
+    def wait(self) -> None:
+        """Waits until the client has room for another chunk.
+
+        Raises ConnectionResetError, the connection being cut, if it takes too long.
+        """
+        left = self.budget - (time.monotonic() - self.since)
+        if self.socket and not self.poll.poll(max(left, 0) * 1000):
+            log.warning("%s takes its answer too slowly and was cut off", self.address or "a client")
+            self.cut()
+        self.budget -= time.monotonic() - self.since
+
+    def cut(self) -> NoReturn:
+        """Ends the connection without HTTP's last chunk; gunicorn passes over this error without a word."""
+        if self.socket:
+            with suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
+        raise ConnectionResetError(errno.ECONNRESET, "the answer was cut off")
+
+
+def too_many_streams() -> ApiError:
+    limit = service().settings.account_streams
+    message = f"This account has {limit} long answers under way already: wait for one of them to end."
+    return ApiError(429, message, headers={"Retry-After": "5"})
+
+
 class CallStream:
     """The body of an answer: an iterator of chunks that owns a connection.
 
     The first chunk is read at once, so that a statement that fails does so
     before the headers are sent. The closing bracket is part of the last chunk,
     which is made after PostgreSQL reported success; complete says so. When
-    anything fails before, the iterator raises and the server cuts the
-    connection. close(), at any time, cancels what runs and gives the
-    connection back to its pool.
+    anything fails before, the connection to the client is cut. close(), at any
+    time, cancels what runs and gives the connection back to its pool.
+
+    An answer that is not complete with its first chunk is a long one: it needs
+    room in its worker (else ApiError 503) and one of the account's (else 429).
     """
 
     def __init__(
         self,
-        connection: Connection,
+        connection: PatientConnection,
         query: bytes,
         kind: str,
         fields: Collection[str],
@@ -1018,6 +1225,15 @@ class CallStream:
         opening, closing = ends or {"json": (b"[", b"]\n"), "ndjson": (b"", b"\n"), "csv": (b"", b"")}[kind]
         self.chunks = self.read(copy_batches(connection, query), encode, opening, separator, closing)
         self.first: bytes | None = next(self.chunks, b"")
+        self.reader = Reader()
+        if self.complete:
+            return
+        if not connection.may_be_long:
+            raise too_many_streams()
+        if not service().room.acquire(blocking=False):
+            message = "Too many long answers are under way: try again soon."
+            raise ApiError(503, message, headers={"Retry-After": "5"})
+        self.room = service().room
         self.owned = True
 
     def read(
@@ -1035,9 +1251,16 @@ class CallStream:
                     yield chunk
                 chunk = encode(rows, separator if chunk else opening)
             self.complete = True
+        except psycopg.Error as error:
+            if not self.owned:
+                raise
+            log.error("an answer broke off: %s", " ".join(str(error).split()))
+            self.reader.cut()
         finally:
             if self.owned or self.complete:
                 self.database.give_back(self.connection)
+            if self.owned:
+                self.room.release()
         if chunk or opening:
             yield (chunk or opening) + closing
 
@@ -1046,9 +1269,10 @@ class CallStream:
 
     def __next__(self) -> bytes:
         if self.first is None:
-            return next(self.chunks)
+            self.reader.wait()
+            return self.reader.hand(next(self.chunks))
         first, self.first = self.first, None
-        return first
+        return self.reader.hand(first)
 
     def close(self) -> None:
         self.chunks.close()
@@ -1093,6 +1317,7 @@ CALLS: Parsers = {
     "domain_name": str,
     "fields": parse_fields,
     "format": str,
+    "csv_safe": parse_flag,
     "limit": read_integer(1, 100_000),
     "after": str,
     "by": read_choice("start", "end"),
@@ -1101,8 +1326,9 @@ CALLS: Parsers = {
 CALL_RANGE: Parsers = {**CALLS, "from": parse_moment, "to": parse_moment}
 
 
-def choose_format(wanted: str | None) -> str:
-    """json, ndjson or csv, by format= or Accept; ApiError 406 or 426."""
+def choose_format(values: Mapping[str, Any]) -> str:
+    """json, ndjson or csv, by format= or Accept; ApiError 406, 422 or 426."""
+    wanted = values["format"]
     if wanted is None:
         # Without the parameters of a type, such as charset.
         accepted = MIMEAccept([(name.partition(";")[0].strip(), q) for name, q in request.accept_mimetypes])
@@ -1116,7 +1342,9 @@ def choose_format(wanted: str | None) -> str:
             "Behind nginx this takes: proxy_http_version 1.1;"
         )
         raise ApiError(426, message, headers={"Upgrade": "HTTP/1.1", "Connection": "Upgrade"})
-    return wanted
+    if wanted != "csv" and values["csv_safe"] is not None:
+        refuse("csv_safe", "is for format=csv")
+    return str(wanted)
 
 
 def bind(connection: Connection, statement: str, values: Mapping[str, Any]) -> bytes:
@@ -1125,24 +1353,27 @@ def bind(connection: Connection, statement: str, values: Mapping[str, Any]) -> b
     return (statement % literals).encode()
 
 
-def name_columns(fields: Iterable[str], *table: str) -> sql.Composable:
-    return sql.SQL(", ").join(sql.Identifier(*table, name) for name in fields)
+def defuse(name: str) -> sql.Composable:
+    """A column of text that no spreadsheet takes for a formula."""
+    return STATEMENTS["defuse"].format(column=sql.Identifier("calls", name), name=sql.Identifier(name))
 
 
 @functools.lru_cache(maxsize=256)
-def compose_select(fields: tuple[str, ...]) -> str:
+def compose_select(fields: tuple[str, ...], *, safe: bool = False) -> str:
     """select_calls with its columns."""
-    columns = name_columns(fields, "calls")
+    columns = sql.SQL(", ").join(
+        defuse(name) if safe and name in STRINGS else sql.Identifier("calls", name) for name in fields
+    )
     return STATEMENTS["select_calls"].format(columns=columns, matching_calls=STATEMENTS["matching_calls"]).as_string()
 
 
 @functools.lru_cache(maxsize=256)
-def compose_copy(kind: str, fields: tuple[str, ...]) -> str:
+def compose_copy(kind: str, fields: tuple[str, ...], *, safe: bool = False) -> str:
     """The COPY of some fields of the selected calls, in the kind that becomes a format."""
-    strings = [name for name in fields if name in STRINGS]
-    force_quote = sql.SQL(", FORCE_QUOTE ({})").format(name_columns(strings)) if strings else sql.SQL("")
+    strings = sql.SQL(", ").join(sql.Identifier(name) for name in fields if name in STRINGS)
+    force_quote = sql.SQL(", FORCE_QUOTE ({})").format(strings) if strings.as_string() else sql.SQL("")
     statement = STATEMENTS["copy_csv" if kind == "csv" else "copy_json"]
-    return statement.format(query=sql.SQL(compose_select(fields)), force_quote=force_quote).as_string()
+    return statement.format(query=sql.SQL(compose_select(fields, safe=safe)), force_quote=force_quote).as_string()
 
 
 # End stamp and uuid of a call, what its page ends with; (None, None) stands
@@ -1233,7 +1464,7 @@ def find_signer(purpose: Any) -> itsdangerous.URLSafeSerializer:
 
 def answer_calls(values: Mapping[str, Any]) -> Response:
     """Streams the calls of a request's parameters."""
-    kind = choose_format(values["format"])
+    kind = choose_format(values)
     domains = read_domains(values["domain_name"])
     in_range = "from" in values
     found = range_values(values, service().time_zone) if in_range else select_values(values)
@@ -1242,43 +1473,63 @@ def answer_calls(values: Mapping[str, Any]) -> Response:
     key = None if values["after"] is None else read_cursor(purpose, "after", values["after"])
     parts = window.parts(key, values["limit"])
     headers = {}
-    with transaction(sort=found["by"] == "start") as (connection, begin):
-        statements = [begin]
-        if values["limit"]:
-            connection.execute(statements.pop())
-            if key := window.next_key(connection, parts[0]):
-                headers["Link"] = f'<{next_url("after", write_cursor(purpose, key))}>; rel="next"'
-        stream = send_copies(connection, statements, parts, kind, values["fields"] or FIELDS)
+    with transaction(sort=found["by"] == "start") as connection:
+        if values["limit"] and (key := window.next_key(connection, parts[0])):
+            headers["Link"] = f'<{next_url("after", write_cursor(purpose, key))}>; rel="next"'
+        stream = send_copies(connection, parts, kind, values)
     return answer_stream(stream, headers)
 
 
 def send_copies(
-    connection: Connection, statements: list[bytes], parts: list[dict[str, Any]], kind: str, fields: tuple[str, ...]
+    connection: PatientConnection, parts: list[dict[str, Any]], kind: str, values: Mapping[str, Any]
 ) -> CallStream:
-    """The stream of the calls of all parts, behind statements; the transaction ends with it."""
-    copies = [bind(connection, compose_copy(kind, fields), part) for part in parts]
-    return CallStream(connection, b";".join([*statements, *copies, b"COMMIT"]), kind, fields)
+    """The stream of the calls of all parts, by a request's fields; the transaction ends with it."""
+    fields = values["fields"] or FIELDS
+    copy = compose_copy(kind, fields, safe=bool(values["csv_safe"]))
+    copies = [bind(connection, copy, part) for part in parts]
+    return CallStream(connection, b";".join([*copies, b"COMMIT"]), kind, fields)
 
 
 @contextmanager
-def transaction(*, sort: bool, zone: str | None = None) -> Iterator[tuple[Connection, bytes]]:
-    """A connection for calls and what opens its transaction; both are the block's to hand on.
+def transaction(*, sort: bool, zone: str | None = None) -> Iterator[PatientConnection]:
+    """A connection for calls in a transaction of its own; both are the block's to end or hand on.
 
     Takes the connection back if the block fails. sort: whether the planner may
     sort instead of going through an index in its order. zone: that of stamps.
+
+    Where the account has as many long answers under way as it may have, a
+    statement gets a second; then ApiError 429.
     """
     warn_of_sync_worker()
+    settings = service().settings
     values = {
-        "statement_timeout": service().settings.statement_timeout,
+        "statement_timeout": settings.statement_timeout,
         "enable_sort": "on" if sort else "off",
         "time_zone": zone or service().time_zone,
+        "account_id": current_account().account_id,
+        "streams": settings.account_streams,
     }
     connection = service().calls.borrow()
     try:
-        yield connection, bind(connection, STATEMENTS["begin_read"].as_string(), values)
+        connection.patience = settings.statement_timeout / 1000 + PATIENCE
+        connection.may_be_long = begin(connection, values)
+        yield connection
+    except psycopg.errors.QueryCanceled:
+        service().calls.give_back(connection)
+        if connection.may_be_long:
+            raise
+        raise too_many_streams() from None
     except BaseException:
         service().calls.give_back(connection)
         raise
+
+
+def begin(connection: Connection, values: Mapping[str, Any]) -> bool:
+    """Opens a transaction; whether the account has room for a long answer in it."""
+    cursor = connection.execute(bind(connection, STATEMENTS["begin_read"].as_string(), values))
+    while cursor.nextset():
+        pass
+    return bool(cursor.fetchall()[0]["may_be_long"])
 
 
 def answer_stream(stream: CallStream, headers: Mapping[str, str]) -> Response:
@@ -1336,6 +1587,7 @@ FEED: Parsers = {
     "domain_name": str,
     "fields": parse_fields,
     "format": str,
+    "csv_safe": parse_flag,
     "limit": read_integer(1, 100_000),
     **FILTERS,
 }
@@ -1484,12 +1736,11 @@ def call_feed() -> Response:
     values = read_query(FEED)
     if (values["cursor"] is None) == (values["from"] is None):
         refuse("cursor", "is needed, or from at the first poll; not both")
-    kind = choose_format(values["format"])
+    kind = choose_format(values)
     domains = read_domains(values["domain_name"])
     purpose = digest_purpose(values, domains["domain_uuids"])
     horizon = find_horizon()
-    with transaction(sort=True) as (connection, begin):
-        connection.execute(begin)
+    with transaction(sort=True) as connection:
         snapshot = run(connection, "find_snapshot")[0]
         # The two may come from different servers of one DSN.
         snapshot["horizon"] = min(horizon, snapshot["horizon"])
@@ -1504,7 +1755,7 @@ def call_feed() -> Response:
             "X-Complete-Through": following.through,
             "Link": f'<{next_url("cursor", text)}>; rel="next"',
         }
-        stream = send_copies(connection, [], parts, kind, values["fields"] or FIELDS)
+        stream = send_copies(connection, parts, kind, values)
     return answer_stream(stream, headers)
 
 
@@ -1527,8 +1778,7 @@ TOTALS: Parsers = {
 def read_rows(statement: str, values: Mapping[str, Any], *, zone: str, **names: sql.Composable) -> list[dict[str, Any]]:
     """The rows of a statement on matching_calls, in a transaction of its own."""
     text = STATEMENTS[statement].format(matching_calls=STATEMENTS["matching_calls"], **names).as_string()
-    with transaction(sort=True, zone=zone) as (connection, begin):
-        connection.execute(begin)
+    with transaction(sort=True, zone=zone) as connection:
         rows = connection.execute(bind(connection, text, values)).fetchall()
         connection.execute("COMMIT")
     service().calls.give_back(connection)
@@ -1559,8 +1809,7 @@ def call_lookup() -> Response:
     values = read_query({"fields": parse_fields})
     uuids = parse_pairs(read_body(), {"xml_cdr_uuid": parse_uuids}, {"xml_cdr_uuid"})["xml_cdr_uuid"]
     found = select_values(dict.fromkeys(FILTERS)) | read_domains(None) | {"uuids": uuids}
-    with transaction(sort=True) as (connection, begin):
-        connection.execute(begin)
+    with transaction(sort=True) as connection:
         there = {uuid for _, uuid in find_keys(connection, found)}
         closing = json.dumps([uuid for uuid in uuids if uuid not in there], separators=(",", ":"))
         fields = values["fields"] or FIELDS
@@ -1640,10 +1889,32 @@ def health() -> dict[str, str]:
 # Application ------------------------------------------------------------------
 
 
+def limit_patience() -> None:
+    """Before every request: a client that sends or takes nothing for so long is given up."""
+    client = request.environ.get("gunicorn.socket")
+    if client:
+        client.settimeout(service().settings.client_timeout / 1000)
+
+
 def harden(response: Response) -> Response:
     """What is personal is not kept by caches, and JSON is not taken for a page."""
     response.headers.setdefault("Cache-Control", "no-store")
     response.headers["X-Content-Type-Options"] = "nosniff"
+    return response
+
+
+def share(response: Response) -> Response:
+    """Lets pages of the configured origins, and of no others, read the answer (CORS)."""
+    origins = service().settings.cors_origins
+    if origins:
+        response.vary.add("Origin")
+    if request.headers.get("Origin") in origins:
+        response.headers |= {
+            "Access-Control-Allow-Origin": request.headers["Origin"],
+            "Access-Control-Allow-Methods": "GET, POST",
+            "Access-Control-Allow-Headers": "Authorization, Content-Type",
+            "Access-Control-Expose-Headers": "Link, Retry-After, X-Complete-Through, X-Next-Cursor",
+        }
     return response
 
 
@@ -1666,8 +1937,10 @@ def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
     app.register_error_handler(HTTPException, answer_http_exception)
     app.register_error_handler(psycopg.Error, answer_database_error)
     app.register_error_handler(Exception, answer_unexpected)
+    app.before_request(limit_patience)
     app.before_request(refuse_secrets_in_query)
     app.after_request(harden)
+    app.after_request(share)
     if settings.proxies:
         n = settings.proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=n, x_proto=n, x_host=n, x_prefix=n)  # type: ignore[method-assign]

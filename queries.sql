@@ -16,12 +16,19 @@
 -- the first row does not wait for a sort of all of them. Calls are stored in the
 -- order of their end, so an index on the domain first reads few pages twice; the
 -- planner, which judges by the domain alone, would go through the whole table.
+-- Its one row: whether the account may have another long answer, for which it
+-- needs one of its advisory locks (of a server, shared by all workers); they end
+-- with the transaction. 1667527680 is "cdr" as the first three bytes.
 BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
-SET LOCAL statement_timeout = %(statement_timeout)s;
 SET LOCAL enable_sort = %(enable_sort)s;
 SET LOCAL random_page_cost = 1.1;
 SET LOCAL DateStyle = 'ISO';
 SET LOCAL TimeZone = %(time_zone)s;
+SELECT may_be_long,
+       set_config('statement_timeout', CASE WHEN may_be_long THEN %(statement_timeout)s::text ELSE '1s' END, true)
+  FROM (SELECT EXISTS (SELECT FROM generate_series(1, %(streams)s) AS slot
+                        WHERE pg_try_advisory_xact_lock(1667527680 + slot, %(account_id)s)) AS may_be_long
+        OFFSET 0) AS attempt;
 
 -- name: select_calls
 -- One row is one call, in the order of the key: end_stamp and xml_cdr_uuid for
@@ -162,6 +169,11 @@ COPY ({query}) TO STDOUT
 -- name: copy_csv
 -- A line per call, the first part with a header line; NULL is empty, an empty string is "".
 COPY ({query}) TO STDOUT (FORMAT csv, HEADER %(header)s);
+
+-- name: defuse
+-- No statement but a column of it: text that a spreadsheet would take for a
+-- formula, with an apostrophe before it.
+CASE WHEN {column}::text ~ '^[=+@\t\r\n-]' THEN '''' || {column} ELSE {column}::text END AS {name};
 
 -- name: probe_calls
 -- No row; an error where calls cannot be read.
@@ -388,6 +400,39 @@ DELETE FROM cdr_api.tokens WHERE token_id = %(token_id)s RETURNING token_id;
 
 -- name: delete_tokens
 DELETE FROM cdr_api.tokens WHERE account_id = %(account_id)s RETURNING token_id;
+
+-- name: count_attempt
+-- One row is a key that may try a password now; of one that has to wait there is
+-- none. Five failures are free; then it takes a second, two, four, up to a
+-- minute until the next attempt. What failed an hour ago is forgotten.
+INSERT INTO cdr_api.attempts AS a (key)
+SELECT key FROM unnest(%(keys)s::bytea[]) AS key
+    ON CONFLICT (key) DO UPDATE
+   SET failures = CASE WHEN a.next_at < clock_timestamp() - interval '1 hour' THEN 1 ELSE a.failures + 1 END,
+       next_at = clock_timestamp()
+                 + CASE WHEN a.failures < 4 OR a.next_at < clock_timestamp() - interval '1 hour' THEN interval '0'
+                        ELSE least(2 ^ least(a.failures - 4, 10), 60) * interval '1 s' END
+ WHERE a.next_at <= clock_timestamp()
+RETURNING key;
+
+-- name: find_wait
+-- One row: the seconds until all of the keys may try again.
+SELECT greatest(1, ceil(extract(epoch FROM max(next_at) - clock_timestamp())))::integer AS seconds
+  FROM cdr_api.attempts
+ WHERE key = ANY(%(keys)s);
+
+-- name: delete_attempts
+DELETE FROM cdr_api.attempts WHERE key = %(key)s;
+
+-- name: undo_attempt
+UPDATE cdr_api.attempts SET failures = failures - 1, next_at = clock_timestamp() WHERE key = %(key)s;
+
+-- name: delete_old_attempts
+-- Rows that another login holds are left to the next one.
+DELETE FROM cdr_api.attempts
+ WHERE key IN (SELECT key FROM cdr_api.attempts
+                WHERE next_at < clock_timestamp() - interval '1 hour'
+                  FOR UPDATE SKIP LOCKED);
 
 -- name: probe_accounts
 -- No row; an error where the side tables cannot be read.

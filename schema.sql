@@ -60,14 +60,23 @@ CREATE TABLE IF NOT EXISTS cdr_api.secrets (
     value bytea NOT NULL
 );
 
+-- Logins by account and by client address, of which only the SHA-256 digests are
+-- kept: counted before they are made, taken out again if they were right.
+CREATE TABLE IF NOT EXISTS cdr_api.attempts (
+    key      bytea PRIMARY KEY,
+    failures integer NOT NULL DEFAULT 1,
+    next_at  timestamptz NOT NULL DEFAULT clock_timestamp()  -- no attempt before this
+);
+CREATE INDEX IF NOT EXISTS attempts_next_at ON cdr_api.attempts (next_at);
+
 CREATE TABLE IF NOT EXISTS cdr_api.version (version integer NOT NULL);
 DELETE FROM cdr_api.version;
-INSERT INTO cdr_api.version VALUES (1);
+INSERT INTO cdr_api.version VALUES (2);
 
 REVOKE ALL ON SCHEMA cdr_api FROM PUBLIC;
 GRANT USAGE ON SCHEMA cdr_api TO cdr_api;
 GRANT SELECT, INSERT, UPDATE, DELETE
-   ON cdr_api.accounts, cdr_api.grants, cdr_api.tokens, cdr_api.secrets TO cdr_api;
+   ON cdr_api.accounts, cdr_api.grants, cdr_api.tokens, cdr_api.secrets, cdr_api.attempts TO cdr_api;
 GRANT SELECT ON cdr_api.version TO cdr_api;
 
 -- Of FusionPBX's own tables: reading these two, and nothing else.

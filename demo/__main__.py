@@ -83,7 +83,7 @@ def prepare_demo(arguments: argparse.Namespace) -> dict[str, str]:
                 connection.execute(INDEX)
         with connect(server) as connection:
             connection.execute(f'ALTER DATABASE "{unfinished}" RENAME TO "{name}"')
-    return {"CDR_API_DSN": service_dsn(server, name), "CDR_API_REGISTER_DOMAINS": "*"}
+    return {"CDR_API_DSN": service_dsn(server, name), "CDR_API_REGISTER_DOMAINS": "*", "CDR_API_SYSLOG": "off"}
 
 
 def check_dsn(dsn: str) -> None:

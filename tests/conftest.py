@@ -84,7 +84,7 @@ class Database:
 
     def app(self, **settings: str) -> Flask:
         """A new application, as a worker would make it."""
-        app = cdr_api.create_app({"CDR_API_DSN": self.dsn, **settings})
+        app = cdr_api.create_app({"CDR_API_DSN": self.dsn, "CDR_API_SYSLOG": "off", **settings})
         app.testing = True
         self.apps.append(app)
         return app
@@ -114,6 +114,8 @@ class Database:
 
     def close(self) -> None:
         for app in self.apps:
+            if auth_log := app.extensions["cdr_api"].auth_log:
+                auth_log.close()
             app.extensions["cdr_api"].accounts.pool.close()
             app.extensions["cdr_api"].calls.pool.close()
         self.apps.clear()
@@ -242,7 +244,7 @@ def serve(dsn: str, *options: str, **settings: str) -> Iterator[Gunicorn]:
     """Runs gunicorn as a sysadmin would, on a free port."""
     port = free_port()
     environ = {name: value for name, value in os.environ.items() if not name.startswith("CDR_API_")}
-    environ |= {"CDR_API_DSN": dsn, "CDR_API_WORKERS": "1", **settings}
+    environ |= {"CDR_API_DSN": dsn, "CDR_API_WORKERS": "1", "CDR_API_SYSLOG": "off", **settings}
     command = [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", *options]
     with tempfile.NamedTemporaryFile(prefix="cdr-api-", suffix=".log") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log)

@@ -132,6 +132,10 @@ def test_the_settings_table_tells_the_defaults() -> None:
     assert rows["CDR_API_TOKEN_DAYS"] == str(settings.token_days)
     assert rows["CDR_API_PROXIES"] == str(settings.proxies)
     assert rows["CDR_API_THREADS"] == str(settings.threads)
+    assert rows["CDR_API_ACCOUNT_STREAMS"] == str(settings.account_streams)
+    assert rows["CDR_API_MIN_RATE"] == str(settings.min_rate)
+    assert rows["CDR_API_SYSLOG"] == settings.syslog
+    assert cdr_api.read_milliseconds(rows["CDR_API_CLIENT_TIMEOUT"]) == settings.client_timeout
     assert rows["CDR_API_REGISTRATION"] == settings.registration
     assert cdr_api.read_milliseconds(rows["CDR_API_STATEMENT_TIMEOUT"]) == settings.statement_timeout
     assert cdr_api.read_milliseconds(rows["CDR_API_POOL_TIMEOUT"]) == settings.pool_timeout

@@ -145,11 +145,12 @@ def test_a_large_answer_is_whole(large: Database, gunicorn: Gunicorn, token: str
     assert [call["xml_cdr_uuid"] for call in calls] == [row[0] for row in stored]
 
 
-def open_stream(gunicorn: Gunicorn, token: str, **parameters: Any) -> tuple[socket.socket, bytes]:
+def open_stream(gunicorn: Gunicorn, token: str, buffer: int = 4096, **parameters: Any) -> tuple[socket.socket, bytes]:
     """A client that reads the first bytes of an answer and then stops reading."""
     parts = urlsplit(calls_url(gunicorn, **parameters))
     client = socket.create_connection((str(parts.hostname), int(parts.port or 0)))
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(60)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     client.sendall(
         f"GET {parts.path}?{parts.query} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
     )
@@ -211,11 +212,23 @@ def test_closing_a_stream_cancels_the_query_and_keeps_the_connection(large: Data
 
 
 def test_the_transaction_is_read_only_and_at_one_snapshot(large: Database, token: str) -> None:
-    client = large.client(token)
-    response = client.get("/api/calls", domain_name="alpha.example.com")
-    (row,) = large.execute("SELECT query FROM pg_stat_activity WHERE usename = 'cdr_api' AND state = 'active'")
-    assert row[0].startswith("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;")
-    response.close()
+    app = large.app()
+    values = {
+        "statement_timeout": 5000,
+        "enable_sort": "on",
+        "time_zone": "Asia/Kolkata",
+        "account_id": 1,
+        "streams": 1,
+    }
+    with app.extensions["cdr_api"].calls.connection() as connection:
+        assert cdr_api.begin(connection, values) is True
+        for name, value in [
+            ("transaction_read_only", "on"),
+            ("transaction_isolation", "repeatable read"),
+            ("statement_timeout", "5s"),
+            ("TimeZone", "Asia/Kolkata"),
+        ]:
+            assert connection.execute(f"SHOW {name}").fetchone() == {name: value}
 
 
 def test_a_statement_that_fails_does_so_before_the_headers(make_database: DatabaseMaker) -> None:

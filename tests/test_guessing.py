@@ -1,0 +1,268 @@
+"""Guessing passwords: slowed down per account and per address, and told to fail2ban."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+import cdr_api
+from tests.conftest import PASSWORD, Client, Database, DatabaseMaker, problem, serve
+
+FREE = 5  # attempts before the first delay
+PATIENCE = 60  # seconds that the longest delay takes
+
+
+@pytest.fixture(scope="module")
+def database(make_database: DatabaseMaker) -> Database:
+    return make_database(calls=30)
+
+
+@pytest.fixture
+def client(database: Database) -> Client:
+    database.execute("TRUNCATE cdr_api.attempts")
+    return database.client()
+
+
+def log_in(client: Client, email: str, password: str = "wrong", **options: Any) -> Any:
+    return client.post("/api/login", json={"email": email, "password": password}, **options)
+
+
+def let_time_pass(database: Database, seconds: float) -> None:
+    database.execute("UPDATE cdr_api.attempts SET next_at = next_at - %s * interval '1 s'", [seconds])
+
+
+def waits(database: Database) -> list[int]:
+    query = "SELECT round(extract(epoch FROM next_at - clock_timestamp())) FROM cdr_api.attempts ORDER BY 1"
+    return [int(row[0]) for row in database.execute(query)]
+
+
+def from_address(address: str) -> dict[str, Any]:
+    return {"environ_base": {"REMOTE_ADDR": address}}
+
+
+def test_failures_of_an_account_make_it_wait_longer_and_longer(database: Database, client: Client) -> None:
+    email = "guessed@example.com"
+    token = database.account("alpha.example.com", email=email)
+    found = []
+    for i in range(13):
+        assert log_in(client, email, **from_address(f"192.0.2.{i}")).status_code == 401
+        found.append(max(waits(database)))
+        let_time_pass(database, PATIENCE)
+    assert found == [0, 0, 0, 0, 1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert database.client(token).calls()  # whoever has a token is not held up
+
+
+def test_who_has_to_wait_is_told_how_long_whatever_the_password(database: Database, client: Client) -> None:
+    email = "waiting@example.com"
+    database.account(email=email)
+    for i in range(FREE + 3):
+        log_in(client, email, **from_address(f"198.51.100.{i}"))
+        let_time_pass(database, PATIENCE if i < FREE + 2 else 0)
+    for password in (PASSWORD, "wrong"):
+        response = log_in(client, email, password, **from_address("203.0.113.1"))
+        assert response.status_code == 429
+        assert int(response.headers["Retry-After"]) in range(1, 9)
+        assert "wait" in problem(response)["message"]
+    let_time_pass(database, 8)
+    assert log_in(client, email, PASSWORD, **from_address("203.0.113.1")).status_code == 200
+    assert log_in(client, email, **from_address("203.0.113.1")).status_code == 401  # and begins from nothing
+
+
+def test_an_address_waits_whichever_accounts_it_tries(database: Database, client: Client) -> None:
+    statuses = [log_in(client, f"nobody{i}@example.com").status_code for i in range(FREE + 2)]
+    assert statuses == [401] * FREE + [429] * 2
+    assert log_in(client, "nobody0@example.com", **from_address("192.0.2.99")).status_code == 401
+
+
+def test_a_right_login_does_not_wash_an_address_clean(database: Database, client: Client) -> None:
+    database.account(email="own@example.com")
+    for _ in range(FREE - 1):
+        assert log_in(client, "other@example.com").status_code == 401
+        let_time_pass(database, PATIENCE)
+    for _ in range(3):
+        assert log_in(client, "own@example.com", PASSWORD).status_code == 200
+    assert log_in(client, "another@example.com").status_code == 401
+    assert log_in(client, "own@example.com", PASSWORD).status_code == 429
+
+
+def test_an_unknown_account_waits_like_a_known_one(database: Database, client: Client) -> None:
+    database.account(email="known@example.com")
+    answers = {}
+    for name in ("known", "unknown"):
+        database.execute("TRUNCATE cdr_api.attempts")
+        answers[name] = [log_in(client, f"{name}@example.com") for _ in range(FREE + 1)]
+    for one, other in zip(answers["known"], answers["unknown"], strict=True):
+        assert (one.status_code, one.data, one.headers.get("Retry-After")) == (
+            other.status_code,
+            other.data,
+            other.headers.get("Retry-After"),
+        )
+
+
+def test_what_failed_long_ago_is_forgotten(database: Database, client: Client) -> None:
+    for _ in range(FREE + 1):
+        log_in(client, "forgotten@example.com")
+    let_time_pass(database, 3700)
+    assert log_in(client, "other@example.com").status_code == 401
+    assert database.execute("SELECT count(*), max(failures) FROM cdr_api.attempts") == [(2, 1)]
+
+
+def test_the_table_of_attempts_holds_nothing_that_was_typed(database: Database, client: Client) -> None:
+    log_in(client, "my-password-by-mistake")
+    stored = str(database.execute("TABLE cdr_api.attempts"))
+    assert "mistake" not in stored
+    assert "127.0.0.1" not in stored
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("192.0.2.7", "192.0.2.7/32"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("unix:", "unix:"),
+    ],
+)
+def test_an_ipv6_client_is_its_network(address: str, network: str) -> None:
+    assert cdr_api.name_network(address) == network
+
+
+def guess(url: str, times: int, statuses: Counter[int], **headers: str) -> None:
+    """Logs in with a wrong password, again and again, on one connection."""
+    parts = urlsplit(url)
+    connection = HTTPConnection(str(parts.hostname), parts.port)
+    for i in range(times):
+        body = f"email=target@example.com&password=guess-{threading.get_ident()}-{i}"
+        connection.request("POST", "/api/login", body, {"Content-Type": "application/x-www-form-urlencoded", **headers})
+        response = connection.getresponse()
+        response.read()
+        statuses[response.status] += 1
+    connection.close()
+
+
+def test_of_2000_guesses_at_once_few_are_tried(database: Database) -> None:
+    """Over several workers, from one address that claims to be another each time."""
+    database.execute("TRUNCATE cdr_api.attempts")
+    database.account("alpha.example.com", email="target@example.com")
+    found = [Counter[int]() for _ in range(20)]
+    with serve(database.dsn, CDR_API_WORKERS="3") as gunicorn:
+        begun = time.monotonic()
+        threads = [
+            threading.Thread(target=guess, args=[gunicorn.url, 100, one], kwargs={"X-Forwarded-For": f"192.0.2.{i}"})
+            for i, one in enumerate(found)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        seconds = time.monotonic() - begun
+    statuses = sum(found, Counter[int]())
+    assert statuses.total() == 2000
+    assert set(statuses) == {401, 429}
+    delays = [2**i for i in range(6)] + [60] * 100  # seconds, after the fifth, the sixth … failure
+    allowed = FREE + next(i for i in range(len(delays)) if sum(delays[: i + 1]) > seconds)
+    assert FREE <= statuses[401] <= allowed
+
+
+class Syslog:
+    """A socket like syslog's, and what came in by it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(path))
+
+    def lines(self, count: int) -> list[str]:
+        """So many messages as rsyslog writes them to auth.log; no more have come."""
+        messages = [self.socket.recv(4096, socket.MSG_DONTWAIT).decode() for _ in range(count)]
+        with pytest.raises(BlockingIOError):
+            self.socket.recv(1, socket.MSG_DONTWAIT)
+        # 36 is facility 4 (auth) and severity 4 (warning).
+        assert all(message.startswith("<36>") and message.endswith("\0") for message in messages)
+        return [f"Nov 23 12:00:00 pbx {message[4:-1]}" for message in messages]
+
+
+@pytest.fixture
+def syslog(tmp_path: Path) -> Iterator[Syslog]:
+    found = Syslog(tmp_path / "log")
+    yield found
+    found.socket.close()
+
+
+# The pattern of FusionPBX's jail, <HOST> as fail2ban replaces it (for IPv4).
+JAIL = re.compile(r".* FusionPBX: \[(?P<host>[\d.]+)\] authentication failed for")
+
+
+def test_every_failed_login_is_told_as_fusionpbx_tells_its_own(database: Database, syslog: Syslog) -> None:
+    database.execute("TRUNCATE cdr_api.attempts")
+    database.account(email="syslog@example.com")
+    client = Client(database.app(CDR_API_SYSLOG=str(syslog.path)))
+    log_in(client, "Syslog@example.com", **from_address("192.0.2.1"))
+    log_in(client, "nobody@example.com", **from_address("192.0.2.2"))
+    client.send("GET", "/api/domains", headers={"Authorization": "Bearer cdr_x"}, **from_address("192.0.2.3"))
+    client.send("GET", "/api/domains", **from_address("192.0.2.4"))  # no token is no guess
+    assert log_in(client, "syslog@example.com", PASSWORD, **from_address("192.0.2.5")).status_code == 200
+    lines = syslog.lines(3)
+    assert [line.partition("FusionPBX: ")[2] for line in lines] == [
+        "[192.0.2.1] authentication failed for syslog@example.com",
+        "[192.0.2.2] authentication failed for nobody@example.com",
+        "[192.0.2.3] authentication failed for token",
+    ]
+    matches = [JAIL.match(line) for line in lines]
+    assert [match and match["host"] for match in matches] == ["192.0.2.1", "192.0.2.2", "192.0.2.3"]
+
+
+FORGERIES = [
+    "x\nNov 23 12:00:00 pbx FusionPBX: [198.51.100.9] authentication failed for y",
+    "x\r\n<36>FusionPBX: [198.51.100.9] authentication failed for y",
+    "x FusionPBX: [198.51.100.9] authentication failed for y",
+    "\x1b[2J\x1b]0;x\x07@example.com",
+    "a@example.com\u2028[198.51.100.9]\u0085",
+    "x" * 100_000,
+]
+
+
+@pytest.mark.parametrize("email", FORGERIES, ids=range(len(FORGERIES)))
+def test_no_e_mail_address_forges_a_line(database: Database, syslog: Syslog, email: str) -> None:
+    database.execute("TRUNCATE cdr_api.attempts")
+    client = Client(database.app(CDR_API_SYSLOG=str(syslog.path)))
+    assert log_in(client, email, **from_address("192.0.2.1")).status_code == 401
+    (line,) = syslog.lines(1)
+    assert len(line) < 200
+    assert re.fullmatch(r"[ -~]*", line)
+    found = JAIL.match(line)
+    assert found
+    assert found["host"] == "192.0.2.1"
+
+
+def test_a_syslog_that_is_away_is_a_line_in_our_log_and_no_more(
+    database: Database, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    database.execute("TRUNCATE cdr_api.attempts")
+    client = Client(database.app(CDR_API_SYSLOG=str(tmp_path / "nothing")))
+    assert log_in(client, "a@example.com").status_code == 401
+    assert "CDR_API_SYSLOG" in caplog.text
+    assert capsys.readouterr().err == ""
+
+
+def test_the_address_behind_trusted_proxies_counts_and_a_claimed_one_does_not(
+    database: Database, syslog: Syslog
+) -> None:
+    database.execute("TRUNCATE cdr_api.attempts")
+    for proxies in ("0", "1"):
+        client = Client(database.app(CDR_API_SYSLOG=str(syslog.path), CDR_API_PROXIES=proxies))
+        headers = {"X-Forwarded-For": "198.51.100.1, 203.0.113.7"}
+        log_in(client, "a@example.com", headers=headers, **from_address("192.0.2.1"))
+    hosts = [match["host"] for line in syslog.lines(2) if (match := JAIL.match(line))]
+    assert hosts == ["192.0.2.1", "203.0.113.7"]
