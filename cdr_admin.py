@@ -7,11 +7,13 @@ settings. A command that fails says why in one line and exits with status 1.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import click
@@ -276,19 +278,24 @@ Finding = tuple[str, str, str]  # a mark, the subject, what was found and what m
 GOOD, NOTE, BAD = "✓", "!", "✗"
 
 SCHEMA_VERSION = 2
+ENVIRONMENT_FILE = Path("/etc/cdr-api/env")  # where DEPLOYMENT.md puts it
 RANGE_INDEX = "CREATE INDEX CONCURRENTLY IF NOT EXISTS cdr_api_calls ON v_xml_cdr (domain_name, end_stamp, {key});"
 DOMAIN_INDEX = "CREATE INDEX CONCURRENTLY IF NOT EXISTS cdr_api_calls ON v_xml_cdr (domain_name);"
 
 
 @click.command("check")
+@click.option("--json", "as_json", is_flag=True, help="A JSON array for monitoring instead of a table.")
 @with_appcontext
-def check() -> None:
-    """Look at the databases and the settings; exit status 1 if a line says ✗."""
-    bad = False
-    for mark, subject, text in run_checks():
-        click.echo(f"{mark} {subject:<18} {text}")
-        bad = bad or mark == BAD
-    if bad:
+def check(as_json: bool) -> None:
+    """Look at the databases, the settings and the files; exit status 1 if a line says ✗."""
+    found = list(run_checks())
+    if as_json:
+        words = {GOOD: "good", NOTE: "note", BAD: "bad"}
+        click.echo(json.dumps([{"state": words[m], "subject": s, "text": t} for m, s, t in found], indent=1))
+    else:
+        for mark, subject, text in found:
+            click.echo(f"{mark} {subject:<18} {text}")
+    if any(mark == BAD for mark, _, _ in found):
         sys.exit(1)
 
 
@@ -296,9 +303,20 @@ def run_checks() -> Iterator[Finding]:
     """Every check's finding. What cannot be looked at because a server is away is left out."""
     settings = service().settings
     yield from check_settings(settings, os.environ)
-    yield from check_server("CDR_API_DSN", settings.dsn, (check_role, check_side_tables, check_accounts))
+    yield from check_files(ENVIRONMENT_FILE)
+    yield from check_server("CDR_API_DSN", settings.dsn, (check_role, check_side_tables, check_accounts, check_notices))
     variable = "CDR_API_CALLS_DSN" if settings.calls_dsn else "calls"
-    calls_checks = [check_columns, check_index, check_stray_calls, check_late_calls, check_time_zone, check_clock]
+    calls_checks = [
+        check_columns,
+        check_index,
+        check_stray_calls,
+        check_lost_calls,
+        check_late_calls,
+        check_feed,
+        check_standby,
+        check_time_zone,
+        check_clock,
+    ]
     if settings.calls_dsn:
         calls_checks.insert(0, check_role)
     yield from check_server(variable, settings.calls_dsn or settings.dsn, calls_checks)
@@ -316,6 +334,22 @@ def check_settings(settings: cdr_api.Settings, environ: Mapping[str, str]) -> It
         )
     else:
         yield GOOD, "registration", f"{settings.registration}; a new account may read {granted}"
+
+
+def check_files(environment_file: Path) -> Iterator[Finding]:
+    """Whether the service could change itself, or others read its password, where it is deployed."""
+    if not environment_file.exists():
+        return
+    faults = []
+    if environment_file.stat().st_mode & 0o007:
+        faults.append(f"everybody may read the password in {environment_file}: chmod 0640 {environment_file}")
+    folder = Path(cdr_api.__file__).parent
+    if os.geteuid() != 0 and os.access(folder, os.W_OK):
+        faults.append(f"the service may change its own program: chown -R root:root {folder}")
+    for fault in faults:
+        yield BAD, "files", fault
+    if not faults:
+        yield GOOD, "files", "the program and its settings are closed to others"
 
 
 def check_server(
@@ -369,6 +403,15 @@ def check_accounts(connection: Connection) -> Iterator[Finding]:
     found = run(connection, "count_accounts")[0]
     text = f"{found['accounts']}; {found['tokens']} live tokens, {found['expiring']} of them expire within 30 days"
     yield NOTE if found["expiring"] else GOOD, "accounts", text
+
+
+def check_notices(connection: Connection) -> Iterator[Finding]:
+    """What the running service saw of the requests that come in, in the last day."""
+    rows = run(connection, "select_notices")
+    for row in rows:
+        yield BAD, row["name"], f"{row['text']} (seen {show(row['seen_at'])})"
+    if not rows:
+        yield GOOD, "requests", "come in as the settings say, as far as the service has seen"
 
 
 def find_columns(connection: Connection) -> dict[str, str]:
@@ -450,6 +493,44 @@ def check_stray_calls(connection: Connection) -> Iterator[Finding]:
         yield BAD, "stray calls", f"{calls} bear another name than their domain has; as FusionPBX does: {update}"
     else:
         yield GOOD, "stray calls", "every call bears the name of its domain"
+
+
+def check_lost_calls(connection: Connection) -> Iterator[Finding]:
+    """Calls of a domain that FusionPBX has deleted: in no answer, for no account."""
+    if not run(connection, "find_table", name="v_domains")[0]["found"]:
+        return
+    calls = run(connection, "count_lost_calls")[0]["calls"]
+    if calls:
+        yield NOTE, "lost calls", f"{calls} bear the name of no domain that exists; nobody is shown them"
+    else:
+        yield GOOD, "lost calls", "every call's domain exists"
+
+
+def check_feed(connection: Connection) -> Iterator[Finding]:
+    """Who holds the feed back: it waits for every transaction that began to write earlier."""
+    try:
+        found = run(connection, "find_oldest_writer")[0]
+    except (psycopg.errors.InvalidSchemaName, psycopg.errors.UndefinedFunction):
+        return  # an archive need not have it
+    seconds = found["seconds"] or 0
+    if seconds < 60:
+        yield GOOD, "feed", f"held back by {seconds:.0f} s"
+        return
+    pid = found["holder"].partition("pid ")[2].partition(",")[0]
+    end = f"SELECT pg_terminate_backend({pid});" if pid else "ROLLBACK PREPARED or COMMIT PREPARED it"
+    text = f"held back by {seconds:.0f} s: {found['holder']} has written and not ended; if that is wrong: {end}"
+    yield NOTE if seconds < 3600 else BAD, "feed", text
+
+
+def check_standby(connection: Connection) -> Iterator[Finding]:
+    found = run(connection, "find_standby_lag")[0]
+    if not found["in_recovery"]:
+        return
+    lag = found["seconds"]
+    text = f"a standby, {lag:.0f} s behind" if lag is not None else "a standby that has replayed nothing yet"
+    if lag is None or lag > 300:
+        text += ": SELECT * FROM pg_stat_replication on the primary tells why"
+    yield GOOD if lag is not None and lag < 60 else NOTE if lag is not None and lag <= 300 else BAD, "standby", text
 
 
 def check_late_calls(connection: Connection) -> Iterator[Finding]:

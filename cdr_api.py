@@ -6,6 +6,7 @@ Read this module from top to bottom; each part needs only those above it:
     SQL              the statements of queries.sql by name
     Errors           the one envelope for everything that is not 2xx
     Database         the pools of a worker
+    Requests         the line in the log that each of them leaves
     Parameters       what a request says, parsed and refused in one place
     Time ranges      from and to, in the service's time zone
     Authentication   bearer tokens, and which domain an account may read
@@ -49,7 +50,7 @@ from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import parse_qsl, urlencode
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import itsdangerous
 import psycopg
@@ -155,6 +156,8 @@ class Settings:
     client_timeout: int = field(default=60_000, metadata={"read": read_milliseconds})
     min_rate: int = field(default=16_384, metadata={"read": read_integer(1, 10**9)})  # bytes per second
     syslog: str = field(default="/dev/log", metadata={"read": read_syslog})
+    log: str = field(default="text", metadata={"read": read_choice("text", "json", "off")})
+    metrics: str = field(default="off", metadata={"read": read_choice("on", "off")})
     cors_origins: tuple[str, ...] = field(default=(), metadata={"read": read_origins})
 
     @classmethod
@@ -410,6 +413,7 @@ class Service:
         # Two threads are kept for short answers, as far as there are so many.
         self.room = threading.BoundedSemaphore(max(1, settings.threads - 2))
         self.auth_log = AuthLog(settings.syslog) if settings.syslog != "off" else None
+        self.notices: dict[str, float] = {}  # when each was last written down, by time.monotonic()
         self.accounts = Database(settings.dsn, settings)
         self.calls = Database(settings.calls_dsn, settings) if settings.calls_dsn else self.accounts
 
@@ -432,6 +436,90 @@ class Service:
 def service() -> Service:
     found: Service = current_app.extensions["cdr_api"]
     return found
+
+
+# Requests ---------------------------------------------------------------------
+
+request_log = logging.getLogger("cdr_api.requests")
+
+
+@dataclass
+class Record:
+    """What is told of a request when it is over. Nothing that a client could write anything into."""
+
+    request_id: str
+    route: str
+    begun: float  # by time.monotonic()
+    account_id: int | None = None
+    stream: CallStream | None = None
+
+
+def record() -> Record:
+    found: Record = request.environ["cdr_api.record"]
+    return found
+
+
+def open_record() -> None:
+    """Before every request: its id, the client's if it sent a plain one."""
+    given = request.headers.get("X-Request-ID", "")
+    request_id = given if re.fullmatch(r"[A-Za-z0-9._=+/-]{1,128}", given) else uuid4().hex
+    route = request.url_rule.rule if request.url_rule else "-"
+    request.environ["cdr_api.record"] = Record(request_id, route, time.monotonic())
+
+
+def show_request_id(response: Response) -> Response:
+    response.headers["X-Request-ID"] = record().request_id
+    return response
+
+
+def close_record(environ: Mapping[str, Any], status: int, sent: int, style: str) -> dict[str, Any]:
+    """Logs a request whose last byte is sent, or that broke off; gives what it logged.
+
+    gunicorn.conf.py calls it. sent is in bytes, seconds last until the client
+    has taken the answer. style is that of CDR_API_LOG.
+    """
+    found: Record = environ["cdr_api.record"]
+    stream, method = found.stream, environ["REQUEST_METHOD"]
+    facts = {
+        "request_id": found.request_id,
+        "address": environ.get("REMOTE_ADDR"),
+        "account": found.account_id,
+        "method": method,
+        "route": found.route,
+        "status": status,
+        "rows": stream.rows if stream else 0,
+        "bytes": sent,
+        "seconds": round(time.monotonic() - found.begun, 6),
+        "broken": bool(stream and not stream.complete and method != "HEAD"),
+    }
+    if style == "json":
+        request_log.info(json.dumps(facts))
+    elif style == "text":
+        request_log.info(" ".join(f"{name}={'-' if value in (None, '') else value}" for name, value in facts.items()))
+    return facts
+
+
+NOTICE_SECONDS = 3600
+
+
+def notice(name: str, text: str) -> None:
+    """Writes down, once an hour, how requests come in that should come in otherwise; flask check tells it."""
+    notices, now = service().notices, time.monotonic()
+    if now - notices.get(name, -NOTICE_SECONDS) < NOTICE_SECONDS:
+        return
+    notices[name] = now
+    log.warning("%s: %s", name, text)
+    with suppress(psycopg.Error):
+        service().accounts.rows("upsert_notice", name=name, text=text)
+
+
+def examine_proxies() -> None:
+    """Before every request: whether what stands in front is set up as CDR_API_PROXIES says."""
+    forwarded = "X-Forwarded-For" in request.headers or "HTTP_X_FORWARDED_FOR" in request.environ
+    if forwarded and not service().settings.proxies:
+        notice("proxies", "requests come by a proxy, and CDR_API_PROXIES is 0: all clients count as one address")
+    if forwarded and request.environ.get("SERVER_PROTOCOL") == "HTTP/1.0":
+        notice("HTTP version", "the proxy asks in HTTP/1.0, where a broken answer looks whole: proxy_http_version 1.1;")
 
 
 # Parameters -------------------------------------------------------------------
@@ -744,6 +832,7 @@ def verify_token(token: str) -> Account | None:
         if token:
             report_failure("token")
         return None
+    record().account_id = found[0]["account_id"]
     if found[0].pop("stale"):
         touch_token(found[0]["token_id"])
     return Account(**found[0])
@@ -1216,6 +1305,7 @@ class CallStream:
         ends: tuple[bytes, bytes] | None = None,
     ) -> None:
         self.complete = False
+        self.rows = -1 if kind == "csv" else 0  # whose header comes as a row
         self.owned = False  # until the first chunk is made, the connection is the caller's to give back
         self.kind = kind
         self.database = service().calls
@@ -1247,6 +1337,7 @@ class CallStream:
         chunk = b""
         try:
             for rows in batches:
+                self.rows += len(rows)
                 if chunk:
                     yield chunk
                 chunk = encode(rows, separator if chunk else opening)
@@ -1500,7 +1591,7 @@ def transaction(*, sort: bool, zone: str | None = None) -> Iterator[PatientConne
     Where the account has as many long answers under way as it may have, a
     statement gets a second; then ApiError 429.
     """
-    warn_of_sync_worker()
+    examine_worker()
     settings = service().settings
     values = {
         "statement_timeout": settings.statement_timeout,
@@ -1534,6 +1625,7 @@ def begin(connection: Connection, values: Mapping[str, Any]) -> bool:
 
 def answer_stream(stream: CallStream, headers: Mapping[str, str]) -> Response:
     """A stream as a response; with its length if it is complete already."""
+    record().stream = stream
     content_type = FORMATS[stream.kind] + ("; charset=utf-8" if stream.kind == "csv" else "")
     body: bytes | CallStream = b"".join(stream) if stream.complete else stream
     return Response(body, 200, headers, content_type=content_type, direct_passthrough=not stream.complete)
@@ -1551,12 +1643,11 @@ def next_url(parameter: str, cursor: str) -> str:
     return f"{origin}{path}?{urlencode([*kept, (parameter, cursor)])}"
 
 
-@functools.cache
-def warn_of_sync_worker() -> None:
-    """Once: gunicorn's sync worker cuts long answers off at its time-out."""
+def examine_worker() -> None:
+    """Before long answers: gunicorn's sync worker cuts them off at its time-out."""
     environ = request.environ
     if environ.get("SERVER_SOFTWARE", "").startswith("gunicorn") and not environ["wsgi.multithread"]:
-        log.error("gunicorn runs a sync worker, which kills long answers at its time-out: use worker_class gthread")
+        notice("workers", "gunicorn runs a sync worker, which kills long answers at its time-out: use gthread")
 
 
 @api.get("/calls")
@@ -1913,7 +2004,7 @@ def share(response: Response) -> Response:
             "Access-Control-Allow-Origin": request.headers["Origin"],
             "Access-Control-Allow-Methods": "GET, POST",
             "Access-Control-Allow-Headers": "Authorization, Content-Type",
-            "Access-Control-Expose-Headers": "Link, Retry-After, X-Complete-Through, X-Next-Cursor",
+            "Access-Control-Expose-Headers": "Link, Retry-After, X-Complete-Through, X-Next-Cursor, X-Request-ID",
         }
     return response
 
@@ -1937,13 +2028,20 @@ def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
     app.register_error_handler(HTTPException, answer_http_exception)
     app.register_error_handler(psycopg.Error, answer_database_error)
     app.register_error_handler(Exception, answer_unexpected)
+    app.before_request(open_record)
     app.before_request(limit_patience)
+    app.before_request(examine_proxies)
     app.before_request(refuse_secrets_in_query)
+    app.after_request(show_request_id)
     app.after_request(harden)
     app.after_request(share)
     if settings.proxies:
         n = settings.proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=n, x_proto=n, x_host=n, x_prefix=n)  # type: ignore[method-assign]
+    if settings.metrics == "on":
+        from cdr_metrics import register_metrics  # noqa: PLC0415 (only who asks for it)
+
+        register_metrics(app)
     from cdr_admin import register_commands  # noqa: PLC0415 (it needs this module whole)
 
     register_commands(app)

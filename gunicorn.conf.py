@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import socket
-from typing import TYPE_CHECKING
+import sys
+import tempfile
+from typing import TYPE_CHECKING, Any
 
 import gunicorn.util
 import psycopg
 
-from cdr_api import SettingError, Settings, envelope
+from cdr_api import SettingError, Settings, close_record, envelope, request_log
 
 if TYPE_CHECKING:
     from gunicorn.arbiter import Arbiter
+    from gunicorn.workers.base import Worker
 
 try:
     settings = Settings.from_environ(os.environ)
@@ -63,5 +67,36 @@ def write_error(client: socket.socket, status: int, reason: str, message: str) -
 
 
 gunicorn.util.write_error = write_error
+
+
+def post_request(_worker: Worker, _request: Any, environ: dict[str, Any], response: Any) -> None:
+    """When the client has the whole answer, or has not got it: the request's line, and its metrics."""
+    if response and "cdr_api.record" in environ:
+        facts = close_record(environ, response.status_code or 0, response.sent, settings.log)
+        if settings.metrics == "on":
+            from cdr_metrics import count  # noqa: PLC0415 (only who asks for it)
+
+            count(facts)
+
+
+if settings.metrics == "on":
+    # Before prometheus_client is loaded; a reload comes by here again.
+    folder = os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="cdr-api-metrics-"))
+
+    def child_exit(_server: Arbiter, worker: Worker) -> None:
+        from prometheus_client.multiprocess import mark_process_dead  # noqa: PLC0415 (as above)
+
+        mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+
+    def on_exit(_server: Arbiter) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# One line for each request, without a time: the journal has its own.
+handler = logging.StreamHandler(sys.stdout)
+handler.setFormatter(logging.Formatter("%(message)s"))
+request_log.handlers = [handler]
+request_log.propagate = False
+request_log.setLevel(logging.INFO)
 
 logging.basicConfig(level=logging.WARNING, format="[%(asctime)s] [%(process)d] [%(levelname)s] %(name)s: %(message)s")

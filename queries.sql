@@ -212,6 +212,12 @@ SELECT horizon,
   FROM txid_snapshot_xmin(txid_current_snapshot()) AS horizon;
 
 
+-- name: find_oldest_writer
+-- One row: who of the running transactions was the first to write, and since how
+-- many seconds it has run (NULL: nobody). It holds the feed back.
+SELECT holder, seconds FROM cdr_api.oldest_writer();
+
+
 -- Totals ---------------------------------------------------------------------
 
 -- name: select_totals
@@ -434,6 +440,10 @@ DELETE FROM cdr_api.attempts
                 WHERE next_at < clock_timestamp() - interval '1 hour'
                   FOR UPDATE SKIP LOCKED);
 
+-- name: upsert_notice
+INSERT INTO cdr_api.notices (name, text) VALUES (%(name)s, %(text)s)
+    ON CONFLICT (name) DO UPDATE SET text = EXCLUDED.text, seen_at = now();
+
 -- name: probe_accounts
 -- No row; an error where the side tables cannot be read.
 SELECT FROM cdr_api.tokens LIMIT 0;
@@ -519,6 +529,25 @@ SELECT count(*) AS calls
   FROM v_xml_cdr AS cdr
   JOIN v_domains AS d USING (domain_uuid)
  WHERE cdr.domain_name IS DISTINCT FROM d.domain_name;
+
+-- name: count_lost_calls
+-- One row: the calls whose domain is no more, by its name and by its uuid.
+SELECT count(*) AS calls
+  FROM v_xml_cdr AS cdr
+ WHERE (cdr.domain_name IN (SELECT d.domain_name FROM v_domains AS d)) IS NOT TRUE
+   AND (cdr.domain_uuid IN (SELECT d.domain_uuid FROM v_domains AS d)) IS NOT TRUE;
+
+-- name: select_notices
+-- One row is something that the service saw in the last day.
+SELECT name, text, seen_at FROM cdr_api.notices WHERE seen_at > now() - interval '1 day' ORDER BY name;
+
+-- name: find_standby_lag
+-- One row: seconds since the last transaction that arrived, if there is more to
+-- replay or the primary is not heard.
+SELECT pg_is_in_recovery() AS in_recovery,
+       CASE WHEN NOT pg_is_in_recovery() THEN 0
+            WHEN pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn() THEN 0
+            ELSE extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp()) END::double precision AS seconds;
 
 -- name: count_late_calls
 -- One row: the calls that were stored so many days after they ended that the feed

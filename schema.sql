@@ -69,6 +69,31 @@ CREATE TABLE IF NOT EXISTS cdr_api.attempts (
 );
 CREATE INDEX IF NOT EXISTS attempts_next_at ON cdr_api.attempts (next_at);
 
+-- How requests come in that should come in otherwise, for flask check.
+CREATE TABLE IF NOT EXISTS cdr_api.notices (
+    name    text PRIMARY KEY,
+    text    text NOT NULL,
+    seen_at timestamptz NOT NULL DEFAULT now()         -- true to the hour
+);
+
+-- Who holds the feed back: the transaction that was the first of those still
+-- running to write. As its owner, since others may not see whose it is; it tells
+-- no more than this.
+CREATE OR REPLACE FUNCTION cdr_api.oldest_writer(OUT holder text, OUT seconds double precision)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+SELECT holder, extract(epoch FROM clock_timestamp() - begun)::double precision
+  FROM (SELECT format('pid %s, role %s, %s', pid, usename, coalesce(nullif(application_name, ''), 'no name')) AS holder,
+               xact_start AS begun, age(backend_xid) AS age
+          FROM pg_stat_activity
+         WHERE backend_xid IS NOT NULL
+         UNION ALL
+        SELECT format('prepared transaction %s of %s', gid, owner), prepared, age(transaction) FROM pg_prepared_xacts) AS t
+ ORDER BY age DESC
+ LIMIT 1
+$$;
+REVOKE ALL ON FUNCTION cdr_api.oldest_writer() FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION cdr_api.oldest_writer() TO cdr_api;
+
 CREATE TABLE IF NOT EXISTS cdr_api.version (version integer NOT NULL);
 DELETE FROM cdr_api.version;
 INSERT INTO cdr_api.version VALUES (2);
@@ -76,7 +101,7 @@ INSERT INTO cdr_api.version VALUES (2);
 REVOKE ALL ON SCHEMA cdr_api FROM PUBLIC;
 GRANT USAGE ON SCHEMA cdr_api TO cdr_api;
 GRANT SELECT, INSERT, UPDATE, DELETE
-   ON cdr_api.accounts, cdr_api.grants, cdr_api.tokens, cdr_api.secrets, cdr_api.attempts TO cdr_api;
+   ON cdr_api.accounts, cdr_api.grants, cdr_api.tokens, cdr_api.secrets, cdr_api.attempts, cdr_api.notices TO cdr_api;
 GRANT SELECT ON cdr_api.version TO cdr_api;
 
 -- Of FusionPBX's own tables: reading these two, and nothing else.
