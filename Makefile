@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test torture lint bench lock clean
+.PHONY: run test torture day lint bench lock clean
 
 run: $(VENV)/run ## serve on http://127.0.0.1:8000 (PORT= chooses another)
 	@$(BIN)/python -m demo
@@ -12,6 +12,9 @@ test: $(VENV)/test ## the whole suite, on an embedded PostgreSQL
 
 torture: $(VENV)/test ## the feed, with writers and crashes for twenty minutes
 	TORTURE_SECONDS=600 $(BIN)/python -m pytest -s tests/test_torture.py
+
+day: $(VENV)/test ## everything at once with failures in between, for an hour: does anything leak?
+	DAY_SECONDS=3600 $(BIN)/python -m pytest -s tests/test_day.py
 
 lint: $(VENV)/test ## ruff and mypy
 	$(BIN)/ruff check .

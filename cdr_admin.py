@@ -439,7 +439,7 @@ def check_index(connection: Connection) -> Iterator[Finding]:
         drop = f"DROP INDEX CONCURRENTLY {row['index_name']};"
         yield BAD, "index", f"{row['index_name']} is the rest of a build that was interrupted: run {drop}"
     columns = find_columns(connection)
-    conditions = " ".join(find_conditions(connection))
+    conditions = " ".join(node.get("Index Cond", "") for node in find_plan(connection, "2026-01-01", "2026-01-02"))
     if columns.get("end_stamp") == "timestamp with time zone":
         index = RANGE_INDEX.format(key="xml_cdr_uuid" if "xml_cdr_uuid" in columns else "uuid")
         served, what = "end_stamp" in conditions, "ranges"
@@ -456,8 +456,8 @@ def check_index(connection: Connection) -> Iterator[Finding]:
     )
 
 
-def find_conditions(connection: Connection) -> Iterator[str]:
-    """The index conditions in the plan for one day of a domain."""
+def find_plan(connection: Connection, start: str, end: str) -> Iterator[dict[str, Any]]:
+    """The nodes of the plan for the range of a domain, of the statement that serves it."""
     values = cdr_api.select_values(dict.fromkeys(cdr_api.FILTERS)) | {
         "domain_name": "",
         "domain_names": [],
@@ -465,8 +465,8 @@ def find_conditions(connection: Connection) -> Iterator[str]:
         "other_uuids": [],
         "by": "end",
         "part": "dated",
-        "after_stamp": "2026-01-01",
-        "to": "2026-01-02",
+        "after_stamp": start,
+        "to": end,
     }
     select_calls = cdr_api.compose_select(cdr_api.FIELDS)
     explain = cdr_api.STATEMENTS["explain"].as_string()
@@ -477,7 +477,7 @@ def find_conditions(connection: Connection) -> Iterator[str]:
     while nodes:
         node = nodes.pop()
         nodes += node.get("Plans", [])
-        yield node.get("Index Cond", "")
+        yield node
 
 
 def check_stray_calls(connection: Connection) -> Iterator[Finding]:

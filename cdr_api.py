@@ -1696,7 +1696,8 @@ class FeedCursor:
     looked at. All instants are in ISO 8601.
 
     Between two pages of a window a call may be changed, and so fall into a later
-    window; that has to look as far back. floor is that since, with the id of the
+    window; that has to look as far back. So may every call during the first poll,
+    by an upgrade that rewrites the table. floor is that since, with the id of the
     next transaction when the last page was read: it holds until the horizon has
     reached that id.
     """
@@ -1802,7 +1803,7 @@ def close_feed(cursor: FeedCursor, snapshot: Mapping[str, Any]) -> FeedCursor:
         through, pending = cursor.taken, None
     elif pending is None:
         pending = (cursor.taken, later)
-    if cursor.key:
+    if cursor.key or cursor.low is None:
         floor = (cursor.since, later)
     elif floor and high >= floor[1]:
         floor = None

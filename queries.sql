@@ -19,7 +19,10 @@
 -- Its one row: whether the account may have another long answer, for which it
 -- needs one of its advisory locks (of a server, shared by all workers); they end
 -- with the transaction. 1667527680 is "cdr" as the first three bytes.
+-- The lock comes before the snapshot: to a snapshot that is older than the end of
+-- an ALTER TABLE that rewrites the table, the table would look empty.
 BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
+LOCK TABLE v_xml_cdr IN ACCESS SHARE MODE;
 SET LOCAL enable_sort = %(enable_sort)s;
 SET LOCAL random_page_cost = 1.1;
 SET LOCAL DateStyle = 'ISO';
@@ -61,6 +64,8 @@ SELECT {columns}
 -- '04713-01-01 BC' is the first moment PostgreSQL knows; as text it sorts behind
 -- '' and before every stamp in every collation. So a blank end stamp (text, in
 -- 4.x) counts as none instead of stopping the answer.
+-- The comparison of end_stamp with after_stamp alone adds nothing but this: by it
+-- PostgreSQL leaves out the partitions of earlier months, by that of the key not.
 -- x - x = 0 is false for NaN and Infinity only, in every PostgreSQL.
 (SELECT calls.*
   FROM (SELECT NULL::uuid AS uuid, NULL::uuid AS xml_cdr_uuid,
@@ -128,6 +133,7 @@ SELECT {columns}
               AND cdr.start_stamp::timestamptz < %(to)s::timestamptz)
           AND (%(part)s <> 'dated'
                OR (cdr.end_stamp > '04713-01-01 BC') IS TRUE
+              AND cdr.end_stamp::timestamptz >= %(after_stamp)s::timestamptz
               AND (cdr.end_stamp::timestamptz,
                    CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END)
                   > (%(after_stamp)s::timestamptz, %(after_uuid)s::uuid)

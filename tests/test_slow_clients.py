@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Client, Database, DatabaseMaker, Gunicorn, problem, serve, wait_for
+from tests.servers import slow
 from tests.test_stream import active_copies, calls_url, curl, open_stream, peak_memory
 
 
@@ -66,8 +67,8 @@ def test_a_statement_without_room_has_a_second(large: Database, token: str) -> N
         # As a long answer of each account would hold it.
         connection.execute("SELECT pg_advisory_xact_lock(1667527681, account_id) FROM cdr_api.accounts")
         assert len(client.calls(limit=2)) == 2
-        connection.execute("LOCK v_xml_cdr")  # so the next statement waits: not for the role's lock_timeout, 3 s
-        response = client.get("/api/calls", domain_name="alpha.example.com", limit=2)
+        with slow(large.execute, seconds=30):
+            response = client.get("/api/calls", domain_name="alpha.example.com", limit=2)
         assert response.status_code == 429
         assert "long answers" in problem(response)["message"]
     assert len(client.calls(limit=2)) == 2

@@ -1,0 +1,243 @@
+"""PostgreSQL servers of a test's own, to be stopped, killed, paused and replicated; clients that speak real HTTP."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psycopg
+from werkzeug.datastructures import Headers
+from werkzeug.test import EnvironBuilder, TestResponse
+
+import demo
+from tests.conftest import Gunicorn, wait_for
+from tests.test_stream import calls_url
+
+AWAY = (psycopg.OperationalError, psycopg.InterfaceError)  # what a crash looks like from a session
+
+
+# PostgreSQL -------------------------------------------------------------------
+
+
+@dataclass
+class Node:
+    """A PostgreSQL with one FusionPBX; server is where its programs come from."""
+
+    server: demo.PostgresServer
+    data: Path
+    socket: Path
+    name = "fusionpbx"
+
+    def run(self, program: str, *options: str) -> None:
+        # No pipes: a postmaster would inherit them, and they would never end. PostgreSQL refuses to run as root.
+        quiet, user = subprocess.DEVNULL, self.server.system_user
+        command = [str(self.server.bin_path / program), *options]
+        subprocess.run(command, check=True, user=user, cwd="/", stdout=quiet, stderr=quiet, timeout=120)
+
+    def control(self, *options: str) -> None:
+        self.run("pg_ctl", "-w", "-D", str(self.data), *options)
+
+    def start(self) -> None:
+        self.control("-o", f'-h "" -k {self.socket}', "-l", str(self.data / "log"), "start")
+
+    def stop(self) -> None:
+        """Without waiting for sessions to end, but for standbys to have everything."""
+        if (self.data / "postmaster.pid").exists():
+            self.control("-m", "fast", "stop")
+
+    def crash(self) -> None:
+        """Stops without writing anything that is still in memory, and recovers."""
+        self.control("-m", "immediate", "stop")
+        self.start()
+
+    def kill(self) -> None:
+        """As the kernel does when memory runs out."""
+        os.kill(self.postmaster(), signal.SIGKILL)
+
+    def recover(self) -> None:
+        """Starts after a kill, once the orphans have noticed it."""
+
+        def started() -> bool:
+            with suppress(subprocess.CalledProcessError):
+                self.start()
+                return True
+            return False
+
+        wait_for(started, 60)
+
+    def postmaster(self) -> int:
+        return int((self.data / "postmaster.pid").read_text("ascii").split()[0])
+
+    def send_all(self, number: int) -> None:
+        """Sends a signal to every process of the server, its postmaster first."""
+        pid = self.postmaster()
+        os.kill(pid, number)
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split():
+            os.kill(int(child), number)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """As on a machine that hangs: connections stay, and nothing is said on them."""
+        self.send_all(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.send_all(signal.SIGCONT)
+
+    def dsn(self, user: str = "postgres", *others: Node) -> str:
+        """Of this server, and then of others that are tried in turn."""
+        hosts = ",".join(str(node.socket) for node in (self, *others))
+        return f"postgresql://{user}:@/{self.name}?host={hosts}"
+
+    def connect(self) -> demo.Connection:
+        return psycopg.connect(self.dsn(), autocommit=True)
+
+    def execute(self, statement: str) -> None:
+        with self.connect() as connection:
+            connection.execute(statement)
+
+    def sessions(self, condition: str = "true") -> list[int]:
+        """The processes that serve the service's connections, those that wait for a client and so on."""
+        with self.connect() as connection:
+            query = f"SELECT pid FROM pg_stat_activity WHERE usename = 'cdr_api' AND {condition}"
+            return [row[0] for row in connection.execute(query)]
+
+    def value(self, query: str) -> Any:
+        with self.connect() as connection:
+            row = connection.execute(query).fetchone()
+        return row and row[0]
+
+
+@contextmanager
+def own_node(*settings: str) -> Iterator[Node]:
+    """A server with the database of a FusionPBX that has no calls, and settings such as "fsync = off"."""
+    folder = Path(tempfile.mkdtemp(prefix="cdr-api-"))
+    server = demo.start_server(folder / "postgresql")
+    data = Path(server.pgdata)
+    node = Node(server, data, server.get_postmaster_info().socket_dir or data)
+    with demo.connect(server) as connection:
+        for setting in settings:
+            connection.execute(f"ALTER SYSTEM SET {setting}")
+    node.stop()
+    node.start()
+    demo.create_database(server, node.name)
+    yield node
+    node.stop()
+    server.cleanup()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def standby_of(node: Node) -> Iterator[Node]:
+    """A streaming standby, made by a base backup, that has caught up."""
+    folder = node.data.parent / "standby"
+    folder.mkdir(mode=0o700)
+    if node.server.system_user:
+        shutil.chown(folder, node.server.system_user)
+    source = ("-h", str(node.socket), "-U", "postgres")
+    node.run("pg_basebackup", *source, "-D", str(folder), "-c", "fast", "-X", "stream", "-R")
+    for copied in folder.glob(".s.PGSQL*"):
+        copied.unlink()
+    standby = Node(node.server, folder, folder)
+    standby.start()
+    wait_for(lambda: has_replayed(standby, node.value("SELECT pg_current_wal_lsn()")))
+    try:
+        yield standby
+    finally:
+        standby.stop()
+
+
+def has_replayed(standby: Node, position: str) -> bool:
+    return bool(standby.value(f"SELECT pg_last_wal_replay_lsn() >= '{position}'"))
+
+
+def last_position(node: Node) -> str:
+    """Where the checkpoint of a server that was stopped lies: the last that it wrote."""
+    command = [str(node.server.bin_path / "pg_controldata"), "-D", str(node.data)]
+    user, english = node.server.system_user, {"LC_ALL": "C"}
+    output = subprocess.run(command, check=True, user=user, cwd="/", env=english, stdout=subprocess.PIPE).stdout
+    lines = output.decode().splitlines()
+    return next(line.split()[-1] for line in lines if line.startswith("Latest checkpoint location"))
+
+
+@contextmanager
+def slow(execute: Callable[[str], object], seconds: float = 0.001) -> Iterator[None]:
+    """Every call takes PostgreSQL so long, in the database that is told to execute."""
+    execute(f"CREATE POLICY slow ON v_xml_cdr USING (pg_sleep({seconds}) IS NOT NULL)")
+    execute("ALTER TABLE v_xml_cdr ENABLE ROW LEVEL SECURITY")
+    try:
+        yield
+    finally:
+        active = "datname = current_database() AND usename = 'cdr_api' AND state = 'active'"
+        execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {active}")
+        execute("ALTER TABLE v_xml_cdr DISABLE ROW LEVEL SECURITY")
+        execute("DROP POLICY slow ON v_xml_cdr")
+
+
+# Clients ----------------------------------------------------------------------
+
+
+Answer = TestResponse  # by another name, lest pytest take it for a class of tests
+
+
+def fetch(url: str, token: str | None = None, *, method: str = "GET", body: str = "", seconds: float = 60) -> Answer:
+    """A whole answer, by a connection of its own; OSError or HTTPException if there is none in so many seconds."""
+    parts = urlsplit(url)
+    headers = {"Content-Type": "application/json" if body[:1] == "{" else "application/x-www-form-urlencoded"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    with closing(HTTPConnection(parts.netloc, timeout=seconds)) as connection:
+        connection.request(method, f"{parts.path}?{parts.query}".rstrip("?"), body or None, headers)
+        response = connection.getresponse()
+        content = response.read()
+    status = f"{response.status} {response.reason}"
+    return Answer([content], status, Headers(response.getheaders()), EnvironBuilder(parts.path).get_request())
+
+
+Request = tuple[str, str, str]  # method, path and body
+
+
+def ask(gunicorn: Gunicorn, token: str | None, request: Request, seconds: float = 60) -> Answer:
+    method, path, body = request
+    return fetch(gunicorn.url + path, token, method=method, body=body, seconds=seconds)
+
+
+class Download:
+    """curl, which goes on receiving an answer only when its output is read; with ends it."""
+
+    def __init__(self, url: str, token: str) -> None:
+        command = ["curl", "-sS", "-H", f"Authorization: Bearer {token}", url]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.output = self.process.stdout or io.BytesIO()
+        self.begin = self.output.read(10_000)
+
+    def finish(self) -> tuple[int, bytes]:
+        """curl's exit status, 18 for an answer that broke off, and the body."""
+        body = self.begin + self.output.read()
+        return self.process.wait(60), body
+
+    def __enter__(self) -> Download:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.output.close()
+        self.process.wait(60)
+
+
+@contextmanager
+def downloads(gunicorn: Gunicorn, token: str, *formats: str) -> Iterator[list[Download]]:
+    """Every call of alpha.example.com in some formats, at the same time."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(Download(calls_url(gunicorn, format=kind), token)) for kind in formats]
