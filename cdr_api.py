@@ -49,7 +49,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, quote, urlencode
 from uuid import UUID, uuid4
 
 import itsdangerous
@@ -448,6 +448,7 @@ class Record:
     """What is told of a request when it is over. Nothing that a client could write anything into."""
 
     request_id: str
+    address: str | None  # the client's, if it is one
     route: str
     begun: float  # by time.monotonic()
     account_id: int | None = None
@@ -464,7 +465,15 @@ def open_record() -> None:
     given = request.headers.get("X-Request-ID", "")
     request_id = given if re.fullmatch(r"[A-Za-z0-9._=+/-]{1,128}", given) else uuid4().hex
     route = request.url_rule.rule if request.url_rule else "-"
-    request.environ["cdr_api.record"] = Record(request_id, route, time.monotonic())
+    request.environ["cdr_api.record"] = Record(request_id, read_address(), route, time.monotonic())
+
+
+def read_address() -> str | None:
+    """The client's address, if it is known; a trusted proxy may pass on what is none."""
+    try:
+        return str(ipaddress.ip_address(request.remote_addr or ""))
+    except ValueError:
+        return None
 
 
 def show_request_id(response: Response) -> Response:
@@ -482,7 +491,7 @@ def close_record(environ: Mapping[str, Any], status: int, sent: int, style: str)
     stream, method = found.stream, environ["REQUEST_METHOD"]
     facts = {
         "request_id": found.request_id,
-        "address": environ.get("REMOTE_ADDR"),
+        "address": found.address,
         "account": found.account_id,
         "method": method,
         "route": found.route,
@@ -529,6 +538,9 @@ Parsers = Mapping[str, Callable[[str], Any]]
 SECRETS_IN_QUERY = {"password", "password_confirmation", "token", "access_token", "api_token", "api_key", "key"}
 
 
+MOST_PARAMETERS = 200
+
+
 class Faults:
     """What is wrong with a request, by parameter: all of it at once."""
 
@@ -557,10 +569,10 @@ def parse_text(text: str) -> str:
 
 
 def parse_uuid(text: str) -> str:
-    try:
-        return str(UUID(text))
-    except ValueError:
-        raise ValueError("must be a UUID such as 0b9e2f6c-6a53-4c0e-9c5e-0d9c4b3f7a11") from None
+    # UUID() takes more: "+", "_", "0x" and digits of other scripts, which make another UUID.
+    if not re.fullmatch(r"\{?[0-9a-f]{8}(-?[0-9a-f]{4}){3}-?[0-9a-f]{12}\}?", text, re.ASCII | re.IGNORECASE):
+        raise ValueError("must be a UUID such as 0b9e2f6c-6a53-4c0e-9c5e-0d9c4b3f7a11")
+    return str(UUID(text))
 
 
 def parse_uuids(value: Any) -> list[str]:
@@ -577,7 +589,7 @@ def parse_flag(text: str) -> bool:
 def read_pairs(query: bytes) -> list[tuple[str, str]]:
     """The pairs of a query string or form; ApiError 422 unless it is UTF-8."""
     try:
-        return parse_qsl(query.decode(), keep_blank_values=True, errors="strict", max_num_fields=200)
+        return parse_qsl(query.decode(), keep_blank_values=True, errors="strict", max_num_fields=MOST_PARAMETERS)
     except UnicodeDecodeError:
         raise ApiError(422, "The parameters are not valid UTF-8.") from None
     except ValueError:
@@ -587,21 +599,32 @@ def read_pairs(query: bytes) -> list[tuple[str, str]]:
 def read_body() -> list[tuple[str, Any]]:
     """The pairs of a JSON object or a form; 400, 415 or 422 for anything else."""
     try:
-        if request.mimetype == "multipart/form-data":
-            return [*request.form.items(multi=True), *request.files.items(multi=True)]
         body = request.get_data()
     except (OSError, ParseException, ClientDisconnected):
         raise ApiError(400, "The body is not what its headers say, or did not arrive in time.") from None
+    # gunicorn gives what came before the client closed: a part must not pass for the whole.
+    if len(body) < (request.content_length or 0):
+        raise ApiError(400, "The body is shorter than its Content-Length.")
     # Of a body that does not say its length, werkzeug reads so much and no more.
     if request.content_length is None and len(body) >= current_app.config["MAX_CONTENT_LENGTH"]:
         raise RequestEntityTooLarge
     if not body:
         return []
+    if request.mimetype == "multipart/form-data":
+        return read_parts()
     if request.mimetype == "application/json":
         return read_json_object(body)
     if request.mimetype == "application/x-www-form-urlencoded":
         return read_pairs(body)
     raise ApiError(415, "The body must be application/json or a form; Content-Type says which.")
+
+
+def read_parts() -> list[tuple[str, Any]]:
+    """The parts of a form, of which some may have no name; ApiError 422 if it cannot be read."""
+    pairs = [*request.form.items(multi=True), *request.files.items(multi=True)]
+    if not pairs:
+        raise ApiError(422, "The form cannot be read.")
+    return [(name or "", value) for name, value in pairs]
 
 
 def read_json_object(body: bytes) -> list[tuple[str, Any]]:
@@ -612,6 +635,8 @@ def read_json_object(body: bytes) -> list[tuple[str, Any]]:
         raise ApiError(422, "The body is not valid JSON in UTF-8.") from None
     if not isinstance(found, tuple):
         raise ApiError(422, "The body must be a JSON object.")
+    if len(found) > MOST_PARAMETERS:
+        raise ApiError(422, "There are too many parameters.")
     return list(found)
 
 
@@ -785,18 +810,23 @@ def clamp(find: Callable[[], datetime], limit: datetime) -> datetime:
         return limit
 
 
+def find_start(moment: Moment, zone: tzinfo) -> datetime:
+    """A moment's first instant, or the nearest that a datetime can hold with something before it."""
+    return max(clamp(lambda: moment.first(zone), LATEST if moment.start.year > 5000 else EARLIEST), EARLIEST)
+
+
 def find_zone(name: str) -> tzinfo:
     try:
         return zoneinfo.ZoneInfo(name)
-    except (zoneinfo.ZoneInfoNotFoundError, ValueError):
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
         raise ApiError(503, "The database's time zone is not a known one: set CDR_API_TIMEZONE.") from None
 
 
 def read_range(first: Moment, last: Moment, zone_name: str) -> tuple[datetime, datetime]:
     """The instants [from, to) of a range; ApiError 422 if it is the wrong way round."""
     zone = UTC if first.start.tzinfo and last.start.tzinfo else find_zone(zone_name)
-    start = max(clamp(lambda: first.first(zone), EARLIEST), EARLIEST)
-    end = clamp(lambda: last.end(zone), LATEST)
+    start = find_start(first, zone)
+    end = max(clamp(lambda: last.end(zone), LATEST if last.start.year > 5000 else EARLIEST), EARLIEST)
     # A range within an hour that the clock skips is empty, not the wrong way round.
     local = first.start.tzinfo is None and last.start.tzinfo is None
     if start > end or (start == end and not (local and first.start <= last.start)):
@@ -903,17 +933,14 @@ class AuthLog(logging.handlers.SysLogHandler):
 
 def report_failure(name: str) -> None:
     """Tells syslog of a login or token that was wrong, if the client's address is known."""
-    auth_log = service().auth_log
-    if auth_log and request.remote_addr:
-        auth_log.report(request.remote_addr, name)
+    auth_log, address = service().auth_log, record().address
+    if auth_log and address:
+        auth_log.report(address, name)
 
 
 def name_network(address: str) -> str:
     """What stands for one client: an IPv4 address, or the /64 that an IPv6 address lies in."""
-    try:
-        found = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
+    found = ipaddress.ip_address(address.partition("%")[0])
     if found.version == 6 and found.ipv4_mapped:
         return str(found.ipv4_mapped)
     return str(ipaddress.ip_network((found, 64 if found.version == 6 else 32), strict=False))
@@ -933,8 +960,10 @@ class Attempt:
     @classmethod
     def count(cls, key: str) -> Attempt:
         """Counts an attempt; ApiError 429 if the account or the address has to wait."""
-        address = request.remote_addr and digest_token("address " + name_network(request.remote_addr))
-        attempt = cls(digest_token("account " + key), address or None)
+        address = record().address
+        attempt = cls(
+            digest_token("account " + key), digest_token("address " + name_network(address)) if address else None
+        )
         keys = sorted(filter(None, (attempt.account, attempt.address)))
         with service().accounts.connection() as connection, connection.transaction():
             run(connection, "delete_old_attempts")
@@ -966,7 +995,7 @@ def email_key(email: str) -> str:
 
 def parse_email(text: str) -> str:
     email = text.strip()
-    if len(email) > 254 or not re.fullmatch(r"[^@\s\x00-\x1f\x7f]+@[^@\s\x00-\x1f\x7f]+", email):
+    if len(email) > 254 or not email.isprintable() or not re.fullmatch(r"[^@\s]+@[^@\s]+", email):
         raise ValueError("must be an e-mail address of at most 254 characters")
     return email
 
@@ -1035,10 +1064,12 @@ def add_account(
     return made[0] if made else None
 
 
-@functools.cache
-def absent_hash() -> str:
-    """What an unknown address is checked against: the same work as a known one."""
-    return generate_password_hash(secrets.token_urlsafe(32))
+# What an unknown address is checked against: of a password that nobody knows, at the same cost as others.
+ABSENT_HASH = (
+    "scrypt:32768:8:1$zm4q2muSoARoYrL9$"
+    "649443107f8f983995c1bcb79319afef05889bab7976471a89027bbd454f594b"
+    "f05aacd60d049407b037e4467cf5e00f0e539d49c9410ca3e6dceb1985a0193a"
+)
 
 
 @api.post("/register")
@@ -1075,7 +1106,7 @@ def login() -> dict[str, Any]:
     key = email_key(values["email"])
     attempt = Attempt.count(key)
     found = service().accounts.rows("find_account", email_key=key)
-    account: dict[str, Any] = found[0] if found else {"password_hash": absent_hash(), "disabled_at": None}
+    account: dict[str, Any] = found[0] if found else {"password_hash": ABSENT_HASH, "disabled_at": None}
     right = check_password_hash(account["password_hash"], values["password"])
     token = None
     if found and right and not account["disabled_at"]:
@@ -1610,6 +1641,11 @@ def transaction(*, sort: bool, zone: str | None = None) -> Iterator[PatientConne
         if connection.may_be_long:
             raise
         raise too_many_streams() from None
+    except psycopg.errors.InvalidParameterValue:
+        service().calls.give_back(connection)
+        if zone not in (None, service().time_zone):
+            refuse("tz", "is not a time zone that the database knows")
+        raise
     except BaseException:
         service().calls.give_back(connection)
         raise
@@ -1640,7 +1676,7 @@ def next_url(parameter: str, cursor: str) -> str:
     kept = [pair for pair in read_pairs(request.query_string) if pair[0] not in superseded]
     path = request.script_root + request.path.removeprefix("/api") if request.script_root else request.path
     origin = f"{request.scheme}://{request.host}" if request.host else ""
-    return f"{origin}{path}?{urlencode([*kept, (parameter, cursor)])}"
+    return f"{origin}{quote(path)}?{urlencode([*kept, (parameter, cursor)])}"
 
 
 def examine_worker() -> None:
@@ -1779,7 +1815,7 @@ def open_feed(values: Mapping[str, Any], purpose: str, snapshot: Mapping[str, An
         cursor = read_feed_cursor(values["cursor"])
         check_feed_cursor(cursor, account_id, purpose, snapshot)
     else:
-        since = clamp(lambda: values["from"].first(find_zone(service().time_zone)), EARLIEST).isoformat()
+        since = find_start(values["from"], find_zone(service().time_zone)).isoformat()
         cursor = FeedCursor(
             FEED_VERSION, snapshot["cluster"], account_id, purpose, None, since, snapshot["seen"].isoformat(), since
         )

@@ -59,13 +59,29 @@ def when_ready(server: Arbiter) -> None:
             )
 
 
-def write_error(client: socket.socket, status: int, reason: str, message: str) -> None:
-    """gunicorn's answer to what is not HTTP or too long for it, in our envelope."""
-    body = envelope(f"{reason}: {message or 'the request could not be read'}").encode()
-    head = f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+def write_error(client: socket.socket, status: int, reason: str, _message: str) -> None:
+    """gunicorn's answer to what is not HTTP or too long for it, in our envelope.
+
+    The message is left out: it quotes the request, where a token or a password may stand.
+    """
+    if status not in (414, 431, 500):  # it also has 403, 417, 501, which our clients do not know
+        status, reason = 400, "Bad Request"
+    body = envelope(f"{reason}: the request could not be read.").encode()
+    head = (
+        f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+    )
     gunicorn.util.write_nonblock(client, head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
 
 
+def hide_request(record: logging.LogRecord) -> bool:
+    """gunicorn logs what is not HTTP, where a token or a password may stand: its kind is enough."""
+    if isinstance(record.msg, str) and record.msg.startswith("Invalid request from ip="):
+        record.msg = record.msg.partition("'")[0]
+    return True
+
+
+logging.getLogger("gunicorn.error").addFilter(hide_request)
 gunicorn.util.write_error = write_error
 
 

@@ -109,8 +109,10 @@ def test_an_account_reads_its_domains_and_no_other(
 def test_a_foreign_domain_looks_like_one_that_does_not_exist(cast: Cast) -> None:
     client = Client(cast.app, cast.tokens["a"])
     for path, parameters in READING.items():
-        foreign = client.get(path, domain_name="beta.example.com", **parameters)
-        unknown = client.get(path, domain_name="no.such.domain", **parameters)
+        foreign, unknown = (
+            client.send("GET", path, query_string={"domain_name": name} | parameters, headers={"X-Request-ID": "1"})
+            for name in ("beta.example.com", "no.such.domain")
+        )
         assert (foreign.status_code, foreign.data, foreign.headers) == (403, unknown.data, unknown.headers)
         problem(foreign)
 

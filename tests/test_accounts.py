@@ -190,7 +190,7 @@ def test_wrong_and_unknown_logins_look_the_same(
 
     monkeypatch.setattr("cdr_api.check_password_hash", check)
     answers = [
-        public.post("/api/login", json={"email": email, "password": "Wrong-password-1"})
+        public.post("/api/login", json={"email": email, "password": "Wrong-password-1"}, headers={"X-Request-ID": "1"})
         for email in ("known@example.com", "unknown@example.com")
     ]
     assert [answer.status_code for answer in answers] == [401, 401]
