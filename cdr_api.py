@@ -410,7 +410,7 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        # Two threads are kept for short answers, as far as there are so many.
+        # Two connections are kept for short answers, as far as there are so many.
         self.room = threading.BoundedSemaphore(max(1, settings.threads - 2))
         self.auth_log = AuthLog(settings.syslog) if settings.syslog != "off" else None
         self.notices: dict[str, float] = {}  # when each was last written down, by time.monotonic()
@@ -1595,6 +1595,8 @@ def answer_calls(values: Mapping[str, Any]) -> Response:
     key = None if values["after"] is None else read_cursor(purpose, "after", values["after"])
     parts = window.parts(key, values["limit"])
     headers = {}
+    if values["limit"]:
+        _ = service().secret  # before a connection is held: it may take one of its own
     with transaction(sort=found["by"] == "start") as connection:
         if values["limit"] and (key := window.next_key(connection, parts[0])):
             headers["Link"] = f'<{next_url("after", write_cursor(purpose, key))}>; rel="next"'
@@ -1868,6 +1870,7 @@ def call_feed() -> Response:
     domains = read_domains(values["domain_name"])
     purpose = digest_purpose(values, domains["domain_uuids"])
     horizon = find_horizon()
+    _ = service().secret  # before a connection is held: it may take one of its own
     with transaction(sort=True) as connection:
         snapshot = run(connection, "find_snapshot")[0]
         # The two may come from different servers of one DSN.

@@ -34,7 +34,9 @@ wsgi_app = "wsgi:app"
 # its heart beside its threads.
 worker_class = "gthread"
 workers = settings.workers
-threads = settings.threads
+# More than there are connections: while all of these are busy, the others answer
+# what needs none, and 503 to whoever has waited too long for one.
+threads = settings.threads + 4
 timeout = 60
 graceful_timeout = 30
 keepalive = 15
@@ -115,4 +117,15 @@ request_log.handlers = [handler]
 request_log.propagate = False
 request_log.setLevel(logging.INFO)
 
-logging.basicConfig(level=logging.WARNING, format="[%(asctime)s] [%(process)d] [%(levelname)s] %(name)s: %(message)s")
+
+class OneLine(logging.Formatter):
+    """libpq's messages have several lines; a line of the log is a message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.exc_info else " ".join(text.split())
+
+
+messages = logging.StreamHandler()
+messages.setFormatter(OneLine("[%(asctime)s] [%(process)d] [%(levelname)s] %(name)s: %(message)s"))
+logging.basicConfig(level=logging.WARNING, handlers=[messages])

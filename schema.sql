@@ -21,6 +21,14 @@ ALTER ROLE cdr_api SET jit = off;
 -- While FusionPBX's upgrade locks a table, requests are answered 503, not kept.
 ALTER ROLE cdr_api SET lock_timeout = '3s';
 
+-- When a worker is killed, the statement that it had asked for ends within seconds.
+DO $$
+BEGIN
+  IF current_setting('server_version_num')::integer >= 140000 THEN
+    ALTER ROLE cdr_api SET client_connection_check_interval = '5s';
+  END IF;
+END $$;
+
 CREATE SCHEMA IF NOT EXISTS cdr_api;
 
 CREATE TABLE IF NOT EXISTS cdr_api.accounts (

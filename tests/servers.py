@@ -158,6 +158,10 @@ def standby_of(node: Node) -> Iterator[Node]:
         standby.stop()
 
 
+def has_received(standby: Node, position: str) -> bool:
+    return bool(standby.value(f"SELECT pg_last_wal_receive_lsn() >= '{position}'"))
+
+
 def has_replayed(standby: Node, position: str) -> bool:
     return bool(standby.value(f"SELECT pg_last_wal_replay_lsn() >= '{position}'"))
 

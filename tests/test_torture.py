@@ -9,10 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
-import signal
-import subprocess
-import tempfile
 import threading
 import time
 import uuid
@@ -23,7 +19,6 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.client import HTTPConnection, HTTPException
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
@@ -32,6 +27,7 @@ import pytest
 
 import demo
 from tests.conftest import Client, Database, DatabaseMaker, serve, wait_for
+from tests.servers import AWAY, Node, has_replayed, last_position, own_node, standby_of
 
 SECONDS = float(os.environ.get("TORTURE_SECONDS", "20"))
 LESS = 0.3 * SECONDS  # for the tests behind it
@@ -39,121 +35,17 @@ ROUNDS = max(1, int(SECONDS / 60))  # of crashes
 PACE = max(1, SECONDS / 40)  # a longer play is a slower one: every page of a poll scans the whole table
 WRITERS = 20
 DIRECTIONS = ("inbound", "outbound", "local")
-AWAY = (psycopg.OperationalError, psycopg.InterfaceError)  # what a crash looks like from a session
-
-
-# PostgreSQL that may crash ----------------------------------------------------
-
-
-@dataclass
-class Node:
-    """A PostgreSQL that can be crashed; server is where its programs come from."""
-
-    server: demo.PostgresServer
-    data: Path
-    socket: Path
-
-    def run(self, program: str, *options: str) -> None:
-        # No pipes: a postmaster would inherit them, and they would never end. PostgreSQL refuses to run as root.
-        quiet, user = subprocess.DEVNULL, self.server.system_user
-        command = [str(self.server.bin_path / program), *options]
-        subprocess.run(command, check=True, user=user, cwd="/", stdout=quiet, stderr=quiet, timeout=120)
-
-    def control(self, *options: str) -> None:
-        self.run("pg_ctl", "-w", "-D", str(self.data), *options)
-
-    def start(self) -> None:
-        self.control("-o", f'-h "" -k {self.socket}', "-l", str(self.data / "log"), "start")
-
-    def stop(self) -> None:
-        """Without waiting for sessions to end, but for standbys to have everything."""
-        if (self.data / "postmaster.pid").exists():
-            self.control("-m", "fast", "stop")
-
-    def crash(self) -> None:
-        """Stops without writing anything that is still in memory, and recovers."""
-        self.control("-m", "immediate", "stop")
-        self.start()
-
-    def kill(self) -> None:
-        """As the kernel does when memory runs out; recovers once the orphans have noticed."""
-        os.kill(int((self.data / "postmaster.pid").read_text("ascii").split()[0]), signal.SIGKILL)
-
-        def started() -> bool:
-            with suppress(subprocess.CalledProcessError):
-                self.start()
-                return True
-            return False
-
-        wait_for(started, 60)
-
-    def dsn(self, user: str = "postgres") -> str:
-        return f"postgresql://{user}:@/torture?host={self.socket}"
-
-    def connect(self) -> demo.Connection:
-        return psycopg.connect(self.dsn(), autocommit=True)
-
-    def value(self, query: str) -> Any:
-        with self.connect() as connection:
-            row = connection.execute(query).fetchone()
-        return row and row[0]
 
 
 @pytest.fixture
 def node() -> Iterator[Node]:
-    """A server of the test's own that allows prepared transactions, with the database "torture"."""
-    folder = Path(tempfile.mkdtemp(prefix="cdr-api-"))
-    server = demo.start_server(folder / "postgresql")
-    data = Path(server.pgdata)
-    found = Node(server, data, server.get_postmaster_info().socket_dir or data)
-    with demo.connect(server) as connection:
-        connection.execute("ALTER SYSTEM SET max_prepared_transactions = 100")
-        connection.execute("ALTER SYSTEM SET max_connections = 120")
-    found.stop()
-    found.start()
-    demo.create_database(server, "torture")
-    yield found
-    found.stop()
-    server.cleanup()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def standby_of(node: Node) -> Iterator[Node]:
-    """A streaming standby, made by a base backup, that has caught up."""
-    folder = node.data.parent / "standby"
-    folder.mkdir(mode=0o700)
-    if node.server.system_user:
-        shutil.chown(folder, node.server.system_user)
-    source = ("-h", str(node.socket), "-U", "postgres")
-    node.run("pg_basebackup", *source, "-D", str(folder), "-c", "fast", "-X", "stream", "-R")
-    for copied in folder.glob(".s.PGSQL*"):
-        copied.unlink()
-    standby = Node(node.server, folder, folder)
-    standby.start()
-    wait_for(lambda: has_replayed(standby, node.value("SELECT pg_current_wal_lsn()")))
-    try:
-        yield standby
-    finally:
-        standby.stop()
-
-
-def has_replayed(standby: Node, position: str) -> bool:
-    return bool(standby.value(f"SELECT pg_last_wal_replay_lsn() >= '{position}'"))
-
-
-def last_position(node: Node) -> str:
-    """Where the checkpoint of a server that was stopped lies: the last that it wrote."""
-    command = [str(node.server.bin_path / "pg_controldata"), "-D", str(node.data)]
-    user, english = node.server.system_user, {"LC_ALL": "C"}
-    output = subprocess.run(command, check=True, user=user, cwd="/", env=english, stdout=subprocess.PIPE).stdout
-    lines = output.decode().splitlines()
-    return next(line.split()[-1] for line in lines if line.startswith("Latest checkpoint location"))
+    with own_node("max_prepared_transactions = 100", "max_connections = 120") as found:
+        yield found
 
 
 def make_token(node: Node, *domains: str) -> str:
     """A token for some domains, or for all."""
-    return Database(node.server, "torture").account(
+    return Database(node.server, node.name).account(
         *domains, email=f"{uuid.uuid4()}@example.com", all_domains=not domains
     )
 
@@ -492,6 +384,11 @@ def new_book(node: Node, seconds: float) -> Book:
     return Book(node.dsn(), time.monotonic() + seconds + 180)
 
 
+def kill(node: Node) -> None:
+    node.kill()
+    node.recover()
+
+
 def survive(book: Book, node: Node, catastrophe: Callable[[], None]) -> None:
     """Lets a catastrophe happen, and counts what a server that goes on after it must have kept."""
     catastrophe()
@@ -513,7 +410,7 @@ def test_the_feed_delivers_every_call_through_crashes_and_rewrites(node: Node) -
     scenes = [
         lambda: survive(book, node, node.crash),
         lambda: persist(book, "VACUUM FULL v_xml_cdr"),
-        lambda: survive(book, node, node.kill),
+        lambda: survive(book, node, lambda: kill(node)),
     ]
     mass_update = "UPDATE v_xml_cdr SET billsec = billsec + 1"
     with serve(node.dsn("cdr_api")) as gunicorn:
@@ -530,7 +427,7 @@ def test_no_call_is_delivered_twice_when_none_is_changed(node: Node) -> None:
     with serve(node.dsn("cdr_api")) as gunicorn:
         pollers = make_pollers(node, gunicorn.url)
         with play(book, works, pollers) as working:
-            act(book, LESS, *(lambda fall=fall: survive(book, node, fall) for fall in (node.crash, node.kill)))
+            act(book, LESS, *(lambda fall=fall: survive(book, node, fall) for fall in (node.crash, lambda: kill(node))))
             settle(book, node, working)
     check(book, node, pollers, once=True)
 
@@ -595,7 +492,7 @@ def feed(make_database: DatabaseMaker) -> Feed:
 
 def test_an_id_that_is_given_out_again_after_a_crash_hides_no_call(node: Node) -> None:
     """A rollback is not flushed at once: a crash forgets it, and its id goes to the next transaction."""
-    database = Database(node.server, "torture")
+    database = Database(node.server, node.name)
     feed = Feed(database, database.client(make_token(node, "alpha.example.com")))
     with node.connect() as connection:
         connection.execute("ALTER SYSTEM SET wal_writer_delay = '10s'")

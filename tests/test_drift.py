@@ -1,0 +1,148 @@
+"""FusionPBX upgraded under the running service, which is asked all the time: no restart, no 500, the same calls."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+
+import demo
+from tests.conftest import Database, DatabaseMaker, Gunicorn, serve, wait_for
+from tests.servers import Request, ask
+
+OLD = "4.4.1"
+DOMAIN = "domain_name=alpha.example.com"
+RANGE = "from=2026-11-01&to=2026-11-18"
+REQUESTS: list[Request] = [
+    ("GET", "/api/domains", ""),
+    ("GET", f"/api/calls?{DOMAIN}", ""),
+    ("GET", f"/api/calls?{DOMAIN}&format=csv&limit=100&by=start", ""),
+    ("GET", f"/api/call_range?{DOMAIN}&{RANGE}", ""),
+    ("GET", f"/api/call_totals?{RANGE}&group_by=domain_name", ""),
+    ("GET", f"/api/concurrent_calls_by_domain?{DOMAIN}&date=2026-11-17&resolution=60", ""),
+    ("GET", f"/api/active_calls_by_domain?{DOMAIN}&date=2026-11-17&resolution=60", ""),
+]
+
+
+@pytest.fixture(scope="module")
+def database(make_database: DatabaseMaker) -> Database:
+    return make_database(OLD, calls=6000)
+
+
+@pytest.fixture(scope="module")
+def token(database: Database) -> str:
+    return database.account(*demo.DOMAINS)
+
+
+@pytest.fixture(scope="module")
+def gunicorn(database: Database) -> Iterator[Gunicorn]:
+    with serve(database.dsn, CDR_API_TIMEZONE="UTC") as running:
+        yield running
+
+
+@contextmanager
+def rewriting(database: Database) -> Iterator[None]:
+    """The table of the calls, and until a request waits for it."""
+    waiting = "SELECT pid FROM pg_stat_activity WHERE datname = %s AND wait_event_type = 'Lock'"
+    with database.connect() as connection, connection.transaction():
+        connection.execute("ALTER TABLE v_xml_cdr ALTER waitsec TYPE numeric USING waitsec + 0")
+        yield
+        wait_for(lambda: database.execute(waiting, [database.name]))
+
+
+@pytest.mark.parametrize("request_", REQUESTS[1:], ids=lambda request: request[1][5:40])
+def test_a_table_that_was_being_rewritten_does_not_look_empty(
+    database: Database, gunicorn: Gunicorn, token: str, request_: Request
+) -> None:
+    """As it does to every snapshot from before the end of ALTER TABLE."""
+    expected = ask(gunicorn, token, request_).text
+    with ThreadPoolExecutor() as pool:
+        with rewriting(database):
+            future = pool.submit(ask, gunicorn, token, request_)
+        assert future.result().text == expected
+
+
+def test_a_feed_that_begins_while_the_table_is_rewritten_delivers_every_call(
+    database: Database, gunicorn: Gunicorn, token: str
+) -> None:
+    """The oldest calls, too, which ended before the days that later polls look back."""
+    path = "/api/call_feed?fields=xml_cdr_uuid&"
+    with ThreadPoolExecutor() as pool:
+        with rewriting(database):
+            future = pool.submit(ask, gunicorn, token, ("GET", f"{path}from=2026-01-01", ""))
+        answers = [future.result()]
+    while len(answers) < 4:
+        answers.append(ask(gunicorn, token, ("GET", f"{path}cursor={answers[-1].headers['X-Next-Cursor']}", "")))
+    found = {call["xml_cdr_uuid"] for answer in answers for call in answer.get_json()}
+    assert found == {str(row[0]) for row in database.execute("SELECT uuid FROM v_xml_cdr")}
+
+
+# The whole way from an old release to the newest ------------------------------
+
+
+def steps_of_upgrade() -> list[str]:
+    """What FusionPBX's upgrade does to the two tables that are read: key renamed, types converted, columns added."""
+    steps = ["ALTER TABLE v_xml_cdr RENAME uuid TO xml_cdr_uuid"]
+    for table in ("v_xml_cdr", "v_domains"):
+        before = {name: kind for name, kind, *_ in demo.read_release(OLD)[table]} | {"xml_cdr_uuid": "uuid"}
+        after = {name: kind for name, kind, *_ in demo.read_release(demo.NEWEST)[table]}
+        for name, kind in after.items():
+            if name not in before:
+                steps.append(f"ALTER TABLE {table} ADD {name} {kind}")
+            elif kind != before[name]:
+                steps.append(f"ALTER TABLE {table} ALTER {name} TYPE {kind} USING {name}::{kind}")
+    return steps
+
+
+@dataclass(frozen=True)
+class Outcome:
+    request: Request
+    begin: float
+    end: float
+    status: int
+    text: str
+
+
+@contextmanager
+def questions(gunicorn: Gunicorn, token: str) -> Iterator[list[Outcome]]:
+    """Asks everything all the time, beside the block; gives what came of it."""
+    outcomes: list[Outcome] = []
+    over = threading.Event()
+
+    def go_on(request: Request) -> None:
+        while not over.is_set():
+            begin = time.monotonic()
+            answer = ask(gunicorn, token, request)
+            outcomes.append(Outcome(request, begin, time.monotonic(), answer.status_code, answer.text))
+
+    with ThreadPoolExecutor() as pool:
+        threads = [pool.submit(go_on, request) for request in REQUESTS]
+        try:
+            yield outcomes
+        finally:
+            over.set()
+    for thread in threads:
+        thread.result()
+
+
+def test_an_upgrade_under_the_service_changes_no_answer(database: Database, gunicorn: Gunicorn, token: str) -> None:
+    expected = {request: ask(gunicorn, token, request).text for request in REQUESTS}
+    locked: list[tuple[float, float]] = []
+    with questions(gunicorn, token) as outcomes, database.connect() as connection:
+        connection.execute("SET TimeZone = 'UTC'")
+        for step in steps_of_upgrade():
+            begin, enough = time.monotonic(), len(outcomes) + len(REQUESTS)
+            connection.execute(step)
+            locked.append((begin, time.monotonic()))
+            wait_for(lambda: len(outcomes) > enough)  # noqa: B023
+    columns = "SELECT count(*) FROM information_schema.columns WHERE table_name = 'v_xml_cdr'"
+    assert database.execute(columns)[0][0] >= len(demo.read_columns(demo.NEWEST))
+    refused = [o for o in outcomes if o.status != 200]
+    assert all(any(o.begin < end and o.end > begin for begin, end in locked) for o in refused), refused
+    assert {o.status for o in outcomes} <= {200, 503, 504}
+    assert not [o for o in outcomes if o.status == 200 and o.text != expected[o.request]]
