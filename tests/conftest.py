@@ -1,4 +1,8 @@
-"""One embedded PostgreSQL for the run; a database per module; the service as role cdr_api."""
+"""One embedded PostgreSQL for the run; a database per module; the service as role cdr_api.
+
+With --pgbouncer the service reaches PostgreSQL through a PgBouncer in transaction
+mode; what a test does as a superuser never goes through it.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +30,8 @@ import cdr_api
 import demo
 
 ROOT = Path(__file__).parent.parent
+# Debian keeps it where only root's PATH leads.
+PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin") or ""
 UNTIL = 1_795_000_000  # 2026-11-18T11:06:40Z, when the last invented call ended
 PASSWORD = "correct-horse-battery-staple"
 PASSWORD_HASH = (  # of PASSWORD, so that not every account costs a scrypt
@@ -35,16 +41,113 @@ PASSWORD_HASH = (  # of PASSWORD, so that not every account costs a scrypt
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pgbouncer", action="store_true", help="put a PgBouncer between the service and PostgreSQL")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "direct(reason): is left out under --pgbouncer, for a reason")
+    if config.getoption("pgbouncer") and not PGBOUNCER:
+        raise pytest.UsageError("--pgbouncer needs the program pgbouncer; on Debian and Ubuntu: apt install pgbouncer")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("pgbouncer"):
+        direct = [item for item in items if item.get_closest_marker("direct")]
+        config.hook.pytest_deselected(items=direct)
+        items[:] = [item for item in items if item not in direct]
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[demo.PostgresServer]:
     folder = Path(tempfile.mkdtemp(prefix="cdr-api-"))
     server = demo.start_server(folder / "postgresql")
     with demo.connect(server) as connection:
         connection.execute("ALTER SYSTEM SET fsync = off")
-        connection.execute("ALTER SYSTEM SET max_connections = 200")
+        connection.execute("SELECT pg_reload_conf()")
     yield server
     server.cleanup()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass
+class PgBouncer:
+    """PgBouncer in transaction mode, for every database of a server; it listens on a socket in its folder."""
+
+    server: demo.PostgresServer
+    folder: Path
+    pool_size: int  # connections to the server, for each database
+    patience: int = 5  # seconds that a transaction waits for one of them
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
+
+    def dsn(self, database: str) -> str:
+        return f"postgresql://cdr_api:@/{database}?host={self.folder}"
+
+    def configure(self) -> None:
+        settings = {
+            "pool_mode": "transaction",
+            "default_pool_size": self.pool_size,
+            "max_client_conn": 500,
+            "auth_type": "trust",
+            "auth_file": self.folder / "users",
+            "unix_socket_dir": self.folder,
+            "listen_port": 5432,  # the name of the socket; there is no listen_addr
+            # PgBouncer's own are 2 minutes and 15 seconds: so long would requests hang that begin while PostgreSQL is
+            # away, and be refused when it is back.
+            "query_wait_timeout": self.patience,
+            "server_login_retry": 1,
+        }
+        lines = [f"{name} = {value}" for name, value in settings.items()]
+        host = self.server.get_postmaster_info().socket_dir
+        (self.folder / "users").write_text('"cdr_api" ""\n', "ascii")
+        (self.folder / "ini").write_text("\n".join(["[databases]", f"* = host={host}", "[pgbouncer]", *lines]), "utf-8")
+
+    def start(self) -> None:
+        user = self.server.system_user  # not root, as which PgBouncer refuses to run
+        with self.log.open("ab") as log:
+            command = [PGBOUNCER, str(self.folder / "ini")]
+            self.process = subprocess.Popen(command, user=user, cwd="/", stdout=log, stderr=log)
+        wait_for(self.answers)
+
+    def answers(self) -> bool:
+        assert self.process
+        assert self.process.poll() is None, self.log.read_text("utf-8")
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.folder / ".s.PGSQL.5432")) == 0
+
+    def kill(self) -> None:
+        assert self.process
+        self.process.kill()
+        self.process.wait(60)
+
+
+@contextmanager
+def run_pgbouncer(server: demo.PostgresServer, **options: Any) -> Iterator[PgBouncer]:
+    folder = Path(tempfile.mkdtemp(prefix="cdr-api-"))
+    if server.system_user:
+        shutil.chown(folder, server.system_user)
+    bouncer = PgBouncer(server, folder, **options)
+    bouncer.configure()
+    try:
+        bouncer.start()
+        yield bouncer
+    finally:
+        bouncer.kill()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def pgbouncer(server: demo.PostgresServer, request: pytest.FixtureRequest) -> Iterator[PgBouncer | None]:
+    """What --pgbouncer asks for, with connections for everything that the service does at once."""
+    if request.config.getoption("pgbouncer"):
+        with run_pgbouncer(server, pool_size=40) as bouncer:
+            yield bouncer
+    else:
+        yield None
 
 
 @dataclass
@@ -54,12 +157,14 @@ class Database:
     server: demo.PostgresServer
     name: str
     release: str = demo.NEWEST
+    pgbouncer: PgBouncer | None = None
     apps: list[Flask] = field(default_factory=list)
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     @property
     def dsn(self) -> str:
-        return demo.service_dsn(self.server, self.name)
+        """How the service connects, by way of PgBouncer if there is one."""
+        return self.pgbouncer.dsn(self.name) if self.pgbouncer else demo.service_dsn(self.server, self.name)
 
     def connect(self) -> demo.Connection:
         """A superuser's connection, in autocommit mode."""
@@ -169,7 +274,7 @@ def templates(server: demo.PostgresServer) -> Callable[[str], str]:
 
 @pytest.fixture(scope="module")
 def make_database(
-    server: demo.PostgresServer, templates: Callable[[str], str], request: Any
+    server: demo.PostgresServer, templates: Callable[[str], str], pgbouncer: PgBouncer | None, request: Any
 ) -> Iterator[DatabaseMaker]:
     """Makes databases that last for a module: make_database(release=…, calls=…)."""
     made: list[Database] = []
@@ -178,7 +283,7 @@ def make_database(
         name = f"{request.module.__name__}_{len(made)}".rpartition(".")[2]
         with demo.connect(server) as connection:
             connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{templates(release)}"')
-        database = Database(server, name, release)
+        database = Database(server, name, release, pgbouncer)
         made.append(database)
         with database.connect() as connection:
             if calls:

@@ -227,6 +227,7 @@ def morning() -> Iterator[Day]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc to count files and threads")
+@pytest.mark.direct("runs a server of its own")
 def test_a_day_with_failures_loses_nothing_and_leaks_nothing() -> None:
     with morning() as day:
         live(day, SECONDS / 4, [end_a_session, kill_a_worker, reload, hang, crash])

@@ -23,6 +23,8 @@ EMAIL = "billing@example.com"
 NEVER = "2min"  # a time-out of the pool that no answer here waits for
 AT_ONCE = 20.0  # in seconds, on a machine that does other things, too: much less than that
 
+pytestmark = pytest.mark.direct("stops and kills servers of its own")
+
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[Node]:

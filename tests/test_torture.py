@@ -404,6 +404,7 @@ def act(book: Book, seconds: float, *scenes: Callable[[], None]) -> None:
     book.over.wait(seconds / (len(scenes) + 1))
 
 
+@pytest.mark.direct("runs a server of its own, which crashes")
 def test_the_feed_delivers_every_call_through_crashes_and_rewrites(node: Node) -> None:
     book = new_book(node, SECONDS)
     works = [*[write] * WRITERS, end_prepared, disturb]
@@ -421,6 +422,7 @@ def test_the_feed_delivers_every_call_through_crashes_and_rewrites(node: Node) -
     check(book, node, pollers, once=False)
 
 
+@pytest.mark.direct("runs a server of its own, which crashes")
 def test_no_call_is_delivered_twice_when_none_is_changed(node: Node) -> None:
     book = new_book(node, LESS)
     works = [*[write] * WRITERS, end_prepared]
@@ -440,6 +442,7 @@ def promote(book: Book, node: Node, standby: Node) -> None:
     book.dsn = standby.dsn()
 
 
+@pytest.mark.direct("runs a server of its own, which crashes")
 def test_the_feed_of_a_standby_goes_on_after_its_promotion(node: Node) -> None:
     book = new_book(node, LESS)
     works = [*[write] * 16, end_prepared]
@@ -490,6 +493,7 @@ def feed(make_database: DatabaseMaker) -> Feed:
     return Feed(database, database.client(database.account("alpha.example.com")))
 
 
+@pytest.mark.direct("runs a server of its own, which crashes")
 def test_an_id_that_is_given_out_again_after_a_crash_hides_no_call(node: Node) -> None:
     """A rollback is not flushed at once: a crash forgets it, and its id goes to the next transaction."""
     database = Database(node.server, node.name)
