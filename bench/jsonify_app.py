@@ -1,17 +1,20 @@
 """What people would write by hand: fetchall() and jsonify.
 
-It gives the same calls with the same values as the service, without accounts,
-filters or other formats. BENCH_DSN is the database's libpq connection string.
+It gives the same calls with the same values as the service, without filters or
+other formats, and asks one query whether the token is good, of the service's own
+accounts. BENCH_DSN is the database's libpq connection string, BENCH_TOKEN_QUERY
+that query.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from flask import Flask, Response, jsonify, request
+from flask import Flask, Response, abort, jsonify, request
 from psycopg.rows import dict_row
 from psycopg_pool import ConnectionPool
 
@@ -23,7 +26,6 @@ SELECT {", ".join(FIELDS)}
  WHERE domain_name = %s AND end_stamp >= %s AND end_stamp < %s
  ORDER BY end_stamp, xml_cdr_uuid
 """
-
 app = Flask(__name__)
 pool = ConnectionPool(os.environ["BENCH_DSN"], min_size=0, max_size=8, open=False)
 
@@ -37,12 +39,21 @@ def show(name: str, value: Any) -> Any:
     return value
 
 
+@app.before_request
+def check_token() -> None:
+    token = request.authorization.token if request.authorization else None
+    digest = hashlib.sha256((token or "").encode()).digest()
+    pool.open()
+    with pool.connection() as connection:
+        if not connection.execute(os.environ["BENCH_TOKEN_QUERY"], [digest]).fetchone():
+            abort(401)
+
+
 @app.get("/call_range")
 def call_range() -> Response:
     """The calls that end from "from" to "to", in epoch seconds, both included."""
     start = datetime.fromtimestamp(int(request.args["from"]), UTC)
     end = datetime.fromtimestamp(int(request.args["to"]) + 1, UTC)
-    pool.open()
     with pool.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
         rows = cursor.execute(QUERY, (request.args["domain_name"], start, end)).fetchall()
     return jsonify([{name: show(name, value) for name, value in row.items()} for row in rows])

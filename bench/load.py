@@ -14,13 +14,18 @@ import time
 
 
 def read_answer(client: socket.socket) -> bytes:
-    """The status line of one answer with a Content-Length, which is read whole."""
+    """The status line of one answer, which is read whole, by its Content-Length or its chunks."""
     data = b""
     while b"\r\n\r\n" not in data:
         data += receive(client)
     head, _, body = data.partition(b"\r\n\r\n")
-    length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
-    left = length - len(body)
+    _, found, length = head.lower().partition(b"content-length:")
+    if not found:
+        # The answers are JSON, which never has the last chunk's line breaks within.
+        while not body.endswith(b"0\r\n\r\n"):
+            body += receive(client)
+        return head.split(b"\r\n")[0]
+    left = int(length.split(b"\r\n")[0]) - len(body)
     while left > 0:
         left -= len(receive(client))
     return head.split(b"\r\n")[0]

@@ -1,0 +1,23 @@
+<?php
+// Bare PHP: PDO over a persistent connection, fetchAll and json_encode.
+declare(strict_types=1);
+
+$pdo = new PDO(getenv('BENCH_PDO'), options: [PDO::ATTR_PERSISTENT => true]);
+
+preg_match('/^Bearer (.+)$/', $_SERVER['HTTP_AUTHORIZATION'] ?? '', $found);
+$token = $pdo->prepare(str_replace('%s', '?', getenv('BENCH_TOKEN_QUERY')));
+$token->bindValue(1, hash('sha256', $found[1] ?? '', true), PDO::PARAM_LOB);
+$token->execute();
+if (!$token->fetchColumn()) {
+    http_response_code(401);
+    exit;
+}
+
+$calls = $pdo->prepare(
+    'SELECT ' . getenv('BENCH_COLUMNS') . ' FROM v_xml_cdr'
+    . ' WHERE domain_name = ? AND end_stamp >= to_timestamp(?) AND end_stamp < to_timestamp(?)'
+    . ' ORDER BY end_stamp, xml_cdr_uuid'
+);
+$calls->execute([$_GET['domain_name'], (int) $_GET['from'], (int) $_GET['to'] + 1]);
+header('Content-Type: application/json');
+echo json_encode($calls->fetchAll(PDO::FETCH_ASSOC), JSON_THROW_ON_ERROR);
