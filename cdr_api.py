@@ -819,7 +819,8 @@ def find_zone(name: str) -> tzinfo:
     try:
         return zoneinfo.ZoneInfo(name)
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-        raise ApiError(503, "The database's time zone is not a known one: set CDR_API_TIMEZONE.") from None
+        message = "The database's time zone is not a known one: set CDR_API_TIMEZONE."
+        raise ApiError(503, message, headers={"Retry-After": "60"}) from None
 
 
 def read_range(first: Moment, last: Moment, zone_name: str) -> tuple[datetime, datetime]:
@@ -1762,7 +1763,8 @@ def digest_purpose(values: Mapping[str, Any], domain_uuids: list[str]) -> str:
     to the domains of the day.
     """
     bound = "*" if current_account().all_domains else sorted(domain_uuids)
-    purpose = [values["domain_name"], bound, {name: values[name] for name in FILTERS}]
+    filters = {name: values[name] for name in FILTERS} | {"billable_only": bool(values["billable_only"])}
+    purpose = [values["domain_name"], bound, filters]
     return hashlib.sha256(json.dumps(purpose).encode()).hexdigest()[:32]
 
 
