@@ -19,6 +19,7 @@ Read this module from top to bottom; each part needs only those above it:
     Lookup           call_lookup: which calls of a list exist
     Concurrency      concurrent_calls_by_domain, active_calls_by_domain
     Health           health
+    Description      openapi.json: all of these routes, for programs
     Application      create_app
 
 A request walks one way: parameters, account and domain, one named statement,
@@ -2017,6 +2018,29 @@ def health() -> dict[str, str]:
     service().accounts.rows("probe_accounts")
     service().calls.rows("probe_calls")
     return {"status": "ok"}
+
+
+# Description ------------------------------------------------------------------
+
+DESCRIPTION = json.loads(Path(__file__).with_name("openapi.json").read_text("utf-8"))
+
+
+@functools.lru_cache(maxsize=16)
+def describe(path: str) -> bytes:
+    """The description of the service below a public path."""
+    servers = [{**server, "url": path} for server in DESCRIPTION["servers"]]
+    return json.dumps({**DESCRIPTION, "servers": servers}, ensure_ascii=False).encode() + b"\n"
+
+
+@api.get("/openapi.json")
+def openapi() -> Response:
+    """The description. A trusted proxy says by X-Forwarded-Prefix what its public path is for /api."""
+    read_query({})
+    response = Response(describe(quote(request.script_root) or "/api"), mimetype="application/json")
+    response.headers["Cache-Control"] = "no-cache"  # kept, and asked about
+    response.add_etag()
+    response.make_conditional(request)
+    return response
 
 
 # Application ------------------------------------------------------------------

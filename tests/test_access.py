@@ -9,7 +9,7 @@ from flask import Flask
 
 from tests.conftest import Client, Database, DatabaseMaker, problem
 
-PUBLIC = {("POST", "/api/register"), ("POST", "/api/login"), ("GET", "/api/health")}
+PUBLIC = {("POST", "/api/register"), ("POST", "/api/login"), ("GET", "/api/health"), ("GET", "/api/openapi.json")}
 
 
 @pytest.fixture(scope="module")
