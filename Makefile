@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test torture day lint bench bench-peers lock clean
+.PHONY: run test torture day lint bench bench-peers lock assets clean
 
 run: $(VENV)/run ## serve on http://127.0.0.1:8000 (PORT= chooses another)
 	@$(BIN)/python -m demo
@@ -37,6 +37,9 @@ lock: $(BIN)/python ## requirements*.txt anew from pyproject.toml
 	  file=requirements$${extra:+-$$extra}.txt; \
 	  $(LOCK) $${extra:+--extra $$extra} --output-file - > $$file.new && (printf $(HEAD); cat $$file.new) > $$file; rm $$file.new; \
 	done
+
+assets: ## the libraries of pages/ anew, at the versions that the script names (needs npm)
+	pages/vendor/fetch.sh
 
 clean: ## all that the above made
 	rm -rf $(VENV) .demo .bench

@@ -20,6 +20,7 @@ Read this module from top to bottom; each part needs only those above it:
     Concurrency      concurrent_calls_by_domain, active_calls_by_domain
     Health           health
     Description      openapi.json: all of these routes, for programs
+    Pages            docs and usage: the static files of pages/
     Application      create_app
 
 A request walks one way: parameters, account and domain, one named statement,
@@ -63,7 +64,7 @@ from psycopg.abc import RV, PQGen
 from psycopg.rows import dict_row
 from psycopg_pool import ConnectionPool, PoolTimeout
 from werkzeug.datastructures import MIMEAccept
-from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import ClientDisconnected, HTTPException, NotFound, RequestEntityTooLarge
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.security import check_password_hash, generate_password_hash
 
@@ -159,6 +160,7 @@ class Settings:
     syslog: str = field(default="/dev/log", metadata={"read": read_syslog})
     log: str = field(default="text", metadata={"read": read_choice("text", "json", "off")})
     metrics: str = field(default="off", metadata={"read": read_choice("on", "off")})
+    pages: str = field(default="on", metadata={"read": read_choice("on", "off")})
     cors_origins: tuple[str, ...] = field(default=(), metadata={"read": read_origins})
 
     @classmethod
@@ -2043,6 +2045,60 @@ def openapi() -> Response:
     return response
 
 
+# Pages ------------------------------------------------------------------------
+
+pages = Blueprint("pages", __name__, url_prefix="/api")
+
+PAGES = Path(__file__).with_name("pages")
+LIBRARIES = ("vendor/chart.umd.min.js", "vendor/swagger-ui-bundle.js", "vendor/swagger-ui.css")
+# The only files of pages/ that are served, by their last names.
+ASSETS = {Path(name).name: name for name in ("docs.js", "icon.svg", "pages.css", "session.js", "usage.js", *LIBRARIES)}
+MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+
+PAGE_HEADERS = {
+    # Nothing from elsewhere and nothing inline. Swagger UI's icons are data: images. Forms are sent by scripts
+    # only, so that a password cannot get into a URL should these not load.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    # Kept, and asked for anew each time by its ETag: an upgrade never mixes old files with new ones.
+    "Cache-Control": "no-cache",
+}
+
+
+@functools.cache
+def read_page(name: str) -> tuple[bytes, str]:
+    """A file of pages/ and its ETag."""
+    content = (PAGES / name).read_bytes()
+    return content, hashlib.sha256(content).hexdigest()[:32]
+
+
+def answer_page(name: str) -> Response:
+    read_query({})
+    content, etag = read_page(name)
+    response = Response(content, headers=PAGE_HEADERS, mimetype=MEDIA_TYPES[Path(name).suffix])
+    response.set_etag(etag)
+    response.make_conditional(request)
+    return response
+
+
+@pages.get("/docs")
+def docs() -> Response:
+    return answer_page("docs.html")
+
+
+@pages.get("/usage")
+def usage() -> Response:
+    return answer_page("usage.html")
+
+
+@pages.get("/assets/<name>")
+def assets(name: str) -> Response:
+    if name not in ASSETS:
+        raise NotFound
+    return answer_page(ASSETS[name])
+
+
 # Application ------------------------------------------------------------------
 
 
@@ -2090,6 +2146,8 @@ def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False
     app.register_blueprint(api)
+    if settings.pages == "on":
+        app.register_blueprint(pages)
     app.register_error_handler(ApiError, answer_api_error)
     app.register_error_handler(HTTPException, answer_http_exception)
     app.register_error_handler(psycopg.Error, answer_database_error)

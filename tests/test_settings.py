@@ -64,6 +64,7 @@ WRONG = [
     (DSN | {"CDR_API_CORS_ORIGINS": "*"}, "CDR_API_CORS_ORIGINS"),
     (DSN | {"CDR_API_LOG": "yes"}, "CDR_API_LOG"),
     (DSN | {"CDR_API_METRICS": "1"}, "CDR_API_METRICS"),
+    (DSN | {"CDR_API_PAGES": "no"}, "CDR_API_PAGES"),
     (DSN | {"CDR_API_WORKERS": "0"}, "CDR_API_WORKERS"),
     (DSN | {"CDR_API_THREADS": "many"}, "CDR_API_THREADS"),
 ]
