@@ -2,13 +2,19 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test torture day lint bench bench-peers lock assets clean
+.PHONY: run test test-pgbouncer torture day lint bench bench-peers lock assets clean
 
 run: $(VENV)/run ## serve on http://127.0.0.1:8000 (PORT= chooses another)
 	@$(BIN)/python -m demo
 
+# Three at a time: most of the time they wait for servers. A file's tests share a database.
+PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile
+
 test: $(VENV)/test ## the whole suite, on an embedded PostgreSQL
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-pgbouncer: $(VENV)/test ## the same through PgBouncer, but for what runs servers of its own
+	$(PYTEST) --pgbouncer
 
 torture: $(VENV)/test ## the feed, with writers and crashes for twenty minutes
 	TORTURE_SECONDS=600 $(BIN)/python -m pytest -s tests/test_torture.py

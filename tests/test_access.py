@@ -9,7 +9,10 @@ from flask import Flask
 
 from tests.conftest import Client, Database, DatabaseMaker, problem
 
-PUBLIC = {("POST", "/api/register"), ("POST", "/api/login"), ("GET", "/api/health"), ("GET", "/api/openapi.json")}
+PUBLIC = {
+    *{("POST", "/api/register"), ("POST", "/api/login"), ("GET", "/api/health"), ("GET", "/api/openapi.json")},
+    *{("GET", "/api/docs"), ("GET", "/api/usage"), ("GET", "/api/assets/<name>")},
+}
 
 
 @pytest.fixture(scope="module")

@@ -437,12 +437,12 @@ def send(app: Flask, attack: Attack, token: str | None = None) -> TestResponse:
     environ = attack.environ()
     response = TestResponse(*run_wsgi_app(app, environ, buffered=True), request=Request(environ))
     assert response.status_code < 500, response.text
-    # What has an ETag is the description, and nothing personal in it.
+    # What is the same for everybody has an ETag, and may be kept.
     assert response.headers["Cache-Control"] == ("no-cache" if "ETag" in response.headers else "no-store")
     assert response.headers["X-Content-Type-Options"] == "nosniff"
     assert all(re.fullmatch(r"[ -~\xa0-\xff]*", value) for value in response.headers.values()), response.headers
     assert not token or token not in response.text
-    if response.status_code >= 300:
+    if response.status_code >= 300 and response.status_code != 304:
         assert response.status_code in PROMISED
         assert response.content_type == "application/json"
         assert not response.data if attack.method == "HEAD" else problem(response)
@@ -500,7 +500,7 @@ def find_routes(database: Database) -> Iterator[Route]:
     app = database.app()
     for rule in app.url_map.iter_rules():
         for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}):
-            found = Route(method, re.sub("<[^>]*>", "x", rule.rule), GOOD, (), is_open=True)
+            found = Route(method, rule.rule.replace("<name>", "docs.js"), GOOD, (), is_open=True)
             is_open = send(app, replace(found, values={}).attack()).status_code != 401
             token = database.account("alpha.example.com")
             while faulty := refused(app, found, token):
