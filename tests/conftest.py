@@ -224,6 +224,9 @@ class Database:
             app.extensions["cdr_api"].accounts.pool.close()
             app.extensions["cdr_api"].calls.pool.close()
         self.apps.clear()
+        if self.pgbouncer:  # which would keep its connections to the server
+            ours = "datname = current_database() AND usename = 'cdr_api'"
+            self.execute(f"SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE {ours}")
 
 
 @dataclass

@@ -84,7 +84,8 @@ class Node:
         pid = self.postmaster()
         os.kill(pid, number)
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split():
-            os.kill(int(child), number)
+            with suppress(ProcessLookupError):  # it may end by itself
+                os.kill(int(child), number)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -20,6 +20,8 @@ from bench.peers.values import plain
 from cdr_api import FIELDS
 from tests.conftest import wait_for
 
+pytestmark = pytest.mark.direct("is about the benchmark")
+
 CALLS = 2_000
 SIZES = (10, 1_000)
 

@@ -27,6 +27,8 @@ from tests.nginx import FUSIONPBX, MAIN, NGINX, make_certificate
 from tests.servers import Node
 from tests.test_guessing import JAIL
 
+pytestmark = pytest.mark.direct("runs a server of its own")
+
 MISSING = [name for name in ("bash", "curl", "git", "openssl") if not shutil.which(name)] + ["nginx"] * (not NGINX)
 needs_programs = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 

@@ -29,6 +29,7 @@ from tests.conftest import PASSWORD, Database, DatabaseMaker, Gunicorn, free_por
 from tests.nginx import NGINX, Nginx, read_response, run_nginx
 
 pytestmark = [
+    pytest.mark.direct("is about nginx"),
     pytest.mark.skipif(not NGINX, reason="nginx is not installed (apt install nginx-light)"),
     pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed"),
 ]

@@ -28,17 +28,19 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from werkzeug.test import TestResponse
 
 import cdr_api
-from tests.conftest import ROOT, Client, Database, DatabaseMaker, Gunicorn, serve
+from tests.conftest import ROOT, Client, Database, DatabaseMaker, Gunicorn, serve, wait_for
 from tests.nginx import NGINX, run_nginx
 from tests.servers import slow
 from tests.test_documents import README, shape
+
+pytestmark = pytest.mark.direct("is about the description")
 
 ALPHA = "alpha.example.com"
 DESCRIPTION = json.loads((ROOT / "openapi.json").read_text("utf-8"))
 COMPONENTS = DESCRIPTION["components"]
 SCHEMAS = COMPONENTS["schemas"]
 # Pages for people, and what they load, are no part of the API.
-PAGES = re.compile(r"/api/(docs|usage)\b.*")
+PAGES = re.compile(r"/api/(docs|usage|assets)(/.*)?")  # what browsers load
 
 
 def resolve(node: dict[str, Any]) -> dict[str, Any]:
@@ -660,6 +662,7 @@ def test_its_server_leads_to_the_service_behind_nginx(database: Database, tmp_pa
         parent.chmod(0o755)
     options = ("--bind", f"unix:{folder}/socket")
     with serve(database.dsn, *options, CDR_API_PROXIES="1"), run_nginx(folder / "socket") as nginx:
+        wait_for(lambda: nginx.send(nginx.url("https", "/cdr-api/health")).status_code == 200)
         found = nginx.send(nginx.url("https", "/cdr-api/openapi.json")).get_json()
         for path in ("/health", "/openapi.json"):
             assert nginx.send(nginx.url("https", found["servers"][0]["url"] + path)).status_code == 200

@@ -23,6 +23,8 @@ import cdr_api
 from tests.conftest import PASSWORD, ROOT, Client, Database, Gunicorn, problem, serve, wait_for
 from tests.nginx import NAME, NGINX, run_nginx
 
+pytestmark = pytest.mark.direct("is about browsers")
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 in_a_browser = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed (apt install chromium)")
 
@@ -83,27 +85,6 @@ def test_switched_off_nothing_of_it_is_there(database: Database) -> None:
 
 
 # The browser ------------------------------------------------------------------
-
-# Stands for /api/openapi.json where the service has none.
-STUB = {
-    "openapi": "3.1.0",
-    "info": {"title": "CDR API", "version": "0"},
-    "servers": [{"url": "."}],
-    "security": [{"bearer": []}],
-    "components": {"securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}},
-    "paths": {
-        "/call_range": {
-            "get": {
-                "operationId": "call_range",
-                "parameters": [
-                    {"name": name, "in": "query", "schema": {"type": "string"}}
-                    for name in ("domain_name", "from", "to", "fields")
-                ],
-                "responses": {"200": {"description": "The calls"}},
-            }
-        }
-    },
-}
 
 
 @dataclass
@@ -180,8 +161,6 @@ def opening(browser: Browser, url: str) -> Iterator[Opener]:
     def open_page(path: str, viewport: dict[str, int] = DESKTOP, url: str = url) -> Visit:
         context = browser.new_context(viewport=viewport, ignore_https_errors=True)  # type: ignore[arg-type]
         context.set_default_timeout(20_000)
-        if not (ROOT / "openapi.json").is_file():
-            context.route("**/openapi.json", lambda route: route.fulfill(json=STUB))
         made.append(Visit(context.new_page()))
         made[-1].page.goto(url + path)
         return made[-1]

@@ -23,6 +23,8 @@ from werkzeug.security import check_password_hash
 from tests.conftest import PASSWORD, ROOT, Database, DatabaseMaker, Gunicorn, serve
 from tests.test_examples import Cable, Cut
 
+pytestmark = pytest.mark.direct("is about the clients")
+
 ALPHA, BETA = "alpha.example.com", "beta.example.com"
 ZONE = "Europe/Berlin"
 LARGE, SMALL, EMPTY = "2026-01", "2026-02", "2026-03"
