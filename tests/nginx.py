@@ -141,6 +141,8 @@ def run_nginx(socket: Path, changes: Mapping[str, str] | None = None) -> Iterato
         "/var/log/nginx/": "FOLDER/",
         "[::]:8443": f"127.0.0.1:{free_port()}",  # not every machine has IPv6
         "listen 8443": f"listen 127.0.0.1:{ports['own']}",
+        # So that less than a gigabyte is more than nginx takes ahead of its client.
+        "temp_file_size 1100m": "temp_file_size 256m",
         "HTTP_PORT": str(ports["http"]),
         "HTTPS_PORT": str(ports["https"]),
         **(changes or {}),

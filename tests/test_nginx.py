@@ -426,17 +426,18 @@ def test_guesses_are_429_after_the_burst_and_reading_goes_on(folder: Path, gunic
         assert nginx.send(calls_url(nginx, ALPHA, limit="1"), token=token).status_code == 200
 
 
-def test_the_seventeenth_answer_at_once_is_429(database: Database, nginx: Nginx, token: str) -> None:
+def test_the_ninth_answer_with_calls_at_once_is_429(database: Database, nginx: Nginx, token: str) -> None:
     url = calls_url(nginx, ALPHA, limit="1")
     # Of several accounts, since the service counts by account.
-    commands = [nginx.command(url, "-i", token=database.account(ALPHA)) for _ in range(16)]
+    commands = [nginx.command(url, "-i", token=database.account(ALPHA)) for _ in range(8)]
     with contextlib.ExitStack() as stack:
         with locked_calls(database):
             processes = [stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE)) for command in commands]
-            wait_for(lambda: len(backends(database, LOCKED)) == 16)
-            assert_too_many(nginx.send(nginx.url("own", "/cdr-api/domains"), token=token))
+            wait_for(lambda: len(backends(database, LOCKED)) == 8)
+            assert_too_many(nginx.send(nginx.url("own", "/cdr-api/calls"), token=token))
+            assert nginx.send(nginx.url("own", "/cdr-api/domains"), token=token).status_code == 200
         responses = [read_response(process.communicate()[0]) for process in processes]
-    assert [response.status_code for response in responses] == [200] * 16
+    assert [response.status_code for response in responses] == [200] * 8
 
 
 # Logs -------------------------------------------------------------------------
@@ -505,3 +506,31 @@ def test_a_slow_reader_keeps_no_connection_and_gets_all(
     where = f"WHERE domain_name = '{HUGE}' ORDER BY end_stamp, xml_cdr_uuid LIMIT 3000"
     stored = database.execute(f"SELECT xml_cdr_uuid::text, xml FROM v_xml_cdr {where}")
     assert [(call["xml_cdr_uuid"], call["xml"]) for call in READERS[kind](body.decode())] == stored
+
+
+def test_an_export_of_a_gigabyte_frees_its_worker_long_before_a_slow_client_is_done(
+    make_database: DatabaseMaker, folder: Path
+) -> None:
+    """With the shipped files as they are: nginx keeps up to 1.1 GB of an answer."""
+    database = make_database()
+    database.execute(
+        "INSERT INTO v_xml_cdr (xml_cdr_uuid, domain_name, end_stamp, xml)"
+        " SELECT gen_random_uuid(), %s, now() - i * interval '1 s', repeat('0123456789', 5000)"
+        " FROM generate_series(1, 21000) AS i",
+        [ALPHA],
+    )
+    token, shipped = database.account(ALPHA), {"temp_file_size 1100m": "temp_file_size 1100m"}
+    with serve_socket(database.dsn, folder / "large"), run_nginx(folder / "large", shipped) as nginx:
+        command = nginx.command(calls_url(nginx, ALPHA, format="ndjson"), token=token)
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout
+            begin = process.stdout.read(100_000)
+            assert begin
+            wait_for(lambda: not backends(database, BUSY), 60)
+            assert process.poll() is None  # the client has next to nothing yet
+            size, lines = len(begin), begin.count(b"\n")
+            while chunk := process.stdout.read(1 << 20):
+                size, lines = size + len(chunk), lines + chunk.count(b"\n")
+    assert process.returncode == 0
+    assert lines == 21_000
+    assert size > 1_050_000_000
