@@ -8,7 +8,7 @@ run: $(VENV)/run ## serve on http://127.0.0.1:8000 (PORT= chooses another)
 	@$(BIN)/python -m demo
 
 # Three at a time: most of the time they wait for servers. A file's tests share a database.
-PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile
+PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/test ## the whole suite, on an embedded PostgreSQL
 	$(PYTEST)

@@ -2131,6 +2131,18 @@ def share(response: Response) -> Response:
     return response
 
 
+def register_handlers(app: Flask) -> None:
+    """What runs before and after every request, and what makes the envelope of an error."""
+    app.register_error_handler(ApiError, answer_api_error)
+    app.register_error_handler(HTTPException, answer_http_exception)
+    app.register_error_handler(psycopg.Error, answer_database_error)
+    app.register_error_handler(Exception, answer_unexpected)
+    for before in (open_record, limit_patience, examine_proxies, refuse_secrets_in_query):
+        app.before_request(before)
+    for after in (show_request_id, harden, share):
+        app.after_request(after)
+
+
 def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
     """The application for an environment of CDR_API_* settings.
 
@@ -2148,17 +2160,7 @@ def create_app(environ: Mapping[str, str] = os.environ) -> Flask:
     app.register_blueprint(api)
     if settings.pages == "on":
         app.register_blueprint(pages)
-    app.register_error_handler(ApiError, answer_api_error)
-    app.register_error_handler(HTTPException, answer_http_exception)
-    app.register_error_handler(psycopg.Error, answer_database_error)
-    app.register_error_handler(Exception, answer_unexpected)
-    app.before_request(open_record)
-    app.before_request(limit_patience)
-    app.before_request(examine_proxies)
-    app.before_request(refuse_secrets_in_query)
-    app.after_request(show_request_id)
-    app.after_request(harden)
-    app.after_request(share)
+    register_handlers(app)
     if settings.proxies:
         n = settings.proxies
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=n, x_proto=n, x_host=n, x_prefix=n)  # type: ignore[method-assign]

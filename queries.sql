@@ -415,15 +415,15 @@ DELETE FROM cdr_api.tokens WHERE account_id = %(account_id)s RETURNING token_id;
 
 -- name: count_attempt
 -- One row is a key that may try a password now; of one that has to wait there is
--- none. Five failures are free; then it takes a second, two, four, up to a
--- minute until the next attempt. What failed an hour ago is forgotten.
+-- none. Ten failures are free (so may be as many right logins at once); then it
+-- takes a second, two, four, up to a minute until the next attempt. What failed an hour ago is forgotten.
 INSERT INTO cdr_api.attempts AS a (key)
 SELECT key FROM unnest(%(keys)s::bytea[]) AS key
     ON CONFLICT (key) DO UPDATE
    SET failures = CASE WHEN a.next_at < clock_timestamp() - interval '1 hour' THEN 1 ELSE a.failures + 1 END,
        next_at = clock_timestamp()
-                 + CASE WHEN a.failures < 4 OR a.next_at < clock_timestamp() - interval '1 hour' THEN interval '0'
-                        ELSE least(2 ^ least(a.failures - 4, 10), 60) * interval '1 s' END
+                 + CASE WHEN a.failures < 9 OR a.next_at < clock_timestamp() - interval '1 hour' THEN interval '0'
+                        ELSE least(2 ^ least(a.failures - 9, 10), 60) * interval '1 s' END
  WHERE a.next_at <= clock_timestamp()
 RETURNING key;
 

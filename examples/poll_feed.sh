@@ -115,7 +115,7 @@ done
 mkdir -p "$folder/spool"
 exec 9>"$folder/lock"
 flock --wait 30 9 || fail 5 "Another run is at work in $folder."
-rm -rf "$folder"/tmp.*  # of runs that crashed
+rm -rf "$folder"/tmp.* || :  # what a killed run still writes to goes next time  # of runs that crashed
 work=$(mktemp -d "$folder/tmp.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 

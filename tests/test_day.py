@@ -30,6 +30,7 @@ from tests.servers import AWAY, Answer, Download, Node, fetch, own_node
 
 SECONDS = float(os.environ.get("DAY_SECONDS", "120"))
 ALPHA = "alpha.example.com"
+PAUSE = 0.1  # seconds between two requests of everybody, which leaves other tests some of the processors
 BROKEN = (http.client.HTTPException, OSError)  # how an answer looks that did not end
 
 
@@ -74,7 +75,6 @@ def store(day: Day) -> None:
         day.seen["store: unsure"] += 1
     else:
         day.stored.update(uuids)
-    day.over.wait(0.02)
 
 
 def poll(day: Day) -> None:
@@ -108,7 +108,6 @@ def give_up(day: Day) -> None:
     """Takes the begin of an export and goes away."""
     with Download(f"{day.gunicorn.url}/api/calls?domain_name={ALPHA}", day.token) as download:
         day.seen["give up: " + ("begun" if download.begin[:1] == b"[" else "refused")] += 1
-    day.over.wait(0.1)
 
 
 def log_in(day: Day) -> None:
@@ -120,7 +119,6 @@ def log_in(day: Day) -> None:
 def look(day: Day) -> None:
     day.ask("health", "/api/health")
     day.ask("domains", "/api/domains")
-    day.over.wait(0.05)
 
 
 WORK = [store, poll, read_range, add_up, export, give_up, give_up, log_in, look]
@@ -154,7 +152,7 @@ def reload(day: Day) -> None:
 
 
 def keep_on(day: Day, work: Callable[[Day], None]) -> None:
-    while not day.over.is_set():
+    while not day.over.wait(PAUSE):
         try:
             work(day)
         except Exception as error:  # noqa: BLE001 (a thread's error would not fail the test)

@@ -540,7 +540,7 @@ def clone(database: Database, name: str, *domains: str) -> Database:
     """A copy of a database with the calls of some domains only."""
     with demo.connect(database.server) as connection:
         connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{database.name}"')
-    twin = Database(database.server, name)
+    twin = Database(database.server, name, pgbouncer=database.pgbouncer)
     twin.execute("DELETE FROM v_xml_cdr WHERE domain_name <> ALL(%s)", [list(domains)])
     return twin
 

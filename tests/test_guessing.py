@@ -18,7 +18,7 @@ import pytest
 import cdr_api
 from tests.conftest import PASSWORD, Client, Database, DatabaseMaker, problem, serve
 
-FREE = 5  # attempts before the first delay
+FREE = 10  # attempts before the first delay
 PATIENCE = 60  # seconds that the longest delay takes
 
 
@@ -49,7 +49,7 @@ def test_failures_of_an_account_make_it_wait_longer_and_longer(database: Databas
     email = "guessed@example.com"
     token = database.account("alpha.example.com", email=email)
     query = "SELECT max(extract(epoch FROM next_at - %s)) FROM cdr_api.attempts"
-    for i, delay in enumerate([0, 0, 0, 0, 1, 2, 4, 8, 16, 32, 60, 60, 60]):
+    for i, delay in enumerate([*[0] * 9, 1, 2, 4, 8, 16, 32, 60, 60, 60]):
         (begun,) = database.execute("SELECT clock_timestamp()")[0]
         assert log_in(client, email, **from_address(f"192.0.2.{i}")).status_code == 401
         (ended,) = database.execute("SELECT clock_timestamp()")[0]
@@ -90,6 +90,21 @@ def test_a_right_login_does_not_wash_an_address_clean(database: Database, client
         assert log_in(client, "own@example.com", PASSWORD).status_code == 200
     assert log_in(client, "another@example.com").status_code == 401
     assert log_in(client, "own@example.com", PASSWORD).status_code == 429
+
+
+def test_ten_right_logins_at_once_get_ten_tokens(database: Database, client: Client) -> None:
+    database.account(email="parallel@example.com")
+    app, statuses = database.app(CDR_API_THREADS="16"), []
+
+    def work() -> None:
+        statuses.append(log_in(Client(app), "parallel@example.com", PASSWORD).status_code)
+
+    threads = [threading.Thread(target=work) for _ in range(FREE)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert statuses == [200] * FREE
 
 
 def test_an_unknown_account_waits_like_a_known_one(database: Database, client: Client) -> None:
@@ -166,7 +181,7 @@ def test_of_2000_guesses_at_once_few_are_tried(database: Database) -> None:
     statuses = sum(found, Counter[int]())
     assert statuses.total() == 2000
     assert set(statuses) == {401, 429}
-    delays = [2**i for i in range(6)] + [60] * 100  # seconds, after the fifth, the sixth … failure
+    delays = [2**i for i in range(6)] + [60] * 100  # seconds, after the tenth, the eleventh … failure
     allowed = FREE + next(i for i in range(len(delays)) if sum(delays[: i + 1]) > seconds)
     assert FREE <= statuses[401] <= allowed
 

@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -656,12 +657,12 @@ def test_its_server_is_the_public_path_that_a_trusted_proxy_names(database: Data
 
 @pytest.mark.skipif(not NGINX, reason="nginx is not installed (apt install nginx-light)")
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
-def test_its_server_leads_to_the_service_behind_nginx(database: Database, tmp_path_factory: Any) -> None:
-    folder = Path(tmp_path_factory.mktemp("s"))
-    for parent in (folder, *folder.parents[:2]):
-        parent.chmod(0o755)
-    options = ("--bind", f"unix:{folder}/socket")
-    with serve(database.dsn, *options, CDR_API_PROXIES="1"), run_nginx(folder / "socket") as nginx:
+def test_its_server_leads_to_the_service_behind_nginx(database: Database) -> None:
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cdr-api-")))
+        folder.chmod(0o755)  # nginx works as nobody
+        stack.enter_context(serve(database.dsn, "--bind", f"unix:{folder}/socket", CDR_API_PROXIES="1"))
+        nginx = stack.enter_context(run_nginx(folder / "socket"))
         wait_for(lambda: nginx.send(nginx.url("https", "/cdr-api/health")).status_code == 200)
         found = nginx.send(nginx.url("https", "/cdr-api/openapi.json")).get_json()
         for path in ("/health", "/openapi.json"):
