@@ -30,7 +30,7 @@ from tests.servers import AWAY, Answer, Download, Node, fetch, own_node
 
 SECONDS = float(os.environ.get("DAY_SECONDS", "120"))
 ALPHA = "alpha.example.com"
-PAUSE = 0.1  # seconds between two requests of everybody, which leaves other tests some of the processors
+PAUSE = 0.2  # seconds between two requests of everybody, which leaves other tests some of the processors
 BROKEN = (http.client.HTTPException, OSError)  # how an answer looks that did not end
 
 

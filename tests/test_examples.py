@@ -26,6 +26,8 @@ import pytest
 
 from tests.conftest import ROOT, Database, DatabaseMaker, Gunicorn, serve
 
+pytestmark = pytest.mark.direct("is about the clients")
+
 ALPHA, BETA = "alpha.example.com", "beta.example.com"
 TODAY = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)  # midnight
 FIRST = str((TODAY - timedelta(days=30)).date())
