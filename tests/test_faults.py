@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import demo
 from tests.conftest import PASSWORD, UNTIL, Database, Gunicorn, problem, serve, wait_for
 from tests.servers import Answer, Node, Request, ask, downloads, has_received, has_replayed, own_node, slow, standby_of
+from tests.test_commands import check
 
 FORMATS = ("json", "ndjson", "csv")
 EMAIL = "billing@example.com"
@@ -289,6 +291,24 @@ def test_when_the_standby_stops_calls_come_from_the_next_host(
         answers = ask_all(replicated, token, READING)
     assert [answer.status_code for answer in answers] == [200] * len(READING)
     assert [answer.text for answer in answers[:3]] == before
+
+
+def test_check_tells_how_far_a_standby_is_behind(database: Database, node: Node, standby: Node) -> None:
+    def line() -> str:
+        return check(database.app(CDR_API_CALLS_DSN=standby.dsn("cdr_api")))[1]["standby"]
+
+    wait_for(lambda: has_replayed(standby, last_written(node)))
+    assert line() == "✓ standby            a standby, 0 s behind"
+    standby.execute("SELECT pg_wal_replay_pause()")
+    try:
+        node.execute("CREATE TABLE IF NOT EXISTS written AS SELECT 1")
+        wait_for(lambda: re.search(r"a standby, [1-9]\d* s behind", line()))
+    finally:
+        standby.execute("SELECT pg_wal_replay_resume()")
+
+
+def last_written(node: Node) -> str:
+    return str(node.value("SELECT pg_current_wal_lsn()"))
 
 
 def vacuum(node: Node) -> None:
