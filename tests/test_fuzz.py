@@ -33,7 +33,8 @@ import demo
 from tests.conftest import PASSWORD, ROOT, Client, Database, DatabaseMaker, Gunicorn, problem, serve, wait_for
 
 # Of a part of a form that is broken behind it, a file is closed late, by the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore:Unclosed file <tempfile:ResourceWarning")
+unclosed = pytest.mark.filterwarnings("ignore:Unclosed file <tempfile:ResourceWarning")
+pytestmark = [unclosed, pytest.mark.direct("is about what clients send, and takes long")]
 
 ERRORS = (ROOT / "README.md").read_text("utf-8").partition("### Errors")[2].partition("\n## ")[0]
 PROMISED = {int(status) for row in re.findall(r"^\| ([\d, ]+) \|", ERRORS, re.MULTILINE) for status in row.split(",")}
