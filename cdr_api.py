@@ -527,7 +527,7 @@ def notice(name: str, text: str) -> None:
 
 def examine_proxies() -> None:
     """Before every request: whether what stands in front is set up as CDR_API_PROXIES says."""
-    forwarded = "X-Forwarded-For" in request.headers or "HTTP_X_FORWARDED_FOR" in request.environ
+    forwarded = "X-Forwarded-For" in request.headers
     if forwarded and not service().settings.proxies:
         notice("proxies", "requests come by a proxy, and CDR_API_PROXIES is 0: all clients count as one address")
     if forwarded and request.environ.get("SERVER_PROTOCOL") == "HTTP/1.0":
@@ -813,9 +813,9 @@ def clamp(find: Callable[[], datetime], limit: datetime) -> datetime:
         return limit
 
 
-def find_start(moment: Moment, zone: tzinfo) -> datetime:
-    """A moment's first instant, or the nearest that a datetime can hold with something before it."""
-    return max(clamp(lambda: moment.first(zone), LATEST if moment.start.year > 5000 else EARLIEST), EARLIEST)
+def find_edge(moment: Moment, find: Callable[[tzinfo], datetime], zone: tzinfo) -> datetime:
+    """A moment's first or end, or the nearest instant that a datetime can hold with something before it."""
+    return max(clamp(lambda: find(zone), LATEST if moment.start.year > 5000 else EARLIEST), EARLIEST)
 
 
 def find_zone(name: str) -> tzinfo:
@@ -829,8 +829,7 @@ def find_zone(name: str) -> tzinfo:
 def read_range(first: Moment, last: Moment, zone_name: str) -> tuple[datetime, datetime]:
     """The instants [from, to) of a range; ApiError 422 if it is the wrong way round."""
     zone = UTC if first.start.tzinfo and last.start.tzinfo else find_zone(zone_name)
-    start = find_start(first, zone)
-    end = max(clamp(lambda: last.end(zone), LATEST if last.start.year > 5000 else EARLIEST), EARLIEST)
+    start, end = find_edge(first, first.first, zone), find_edge(last, last.end, zone)
     # A range within an hour that the clock skips is empty, not the wrong way round.
     local = first.start.tzinfo is None and last.start.tzinfo is None
     if start > end or (start == end and not (local and first.start <= last.start)):
@@ -1279,7 +1278,7 @@ class Reader:
 
     def __init__(self) -> None:
         self.settings = service().settings
-        self.address = request.remote_addr
+        self.address = record().address
         self.budget = self.settings.client_timeout / 1000  # seconds
         self.since = time.monotonic()
         self.poll = select.poll()
@@ -1642,18 +1641,13 @@ def transaction(*, sort: bool, zone: str | None = None) -> Iterator[PatientConne
         connection.patience = settings.statement_timeout / 1000 + PATIENCE
         connection.may_be_long = begin(connection, values)
         yield connection
-    except psycopg.errors.QueryCanceled:
-        service().calls.give_back(connection)
-        if connection.may_be_long:
-            raise
-        raise too_many_streams() from None
-    except psycopg.errors.InvalidParameterValue:
-        service().calls.give_back(connection)
-        if zone not in (None, service().time_zone):
+    except BaseException as error:
+        hurried = isinstance(error, psycopg.errors.QueryCanceled) and not connection.may_be_long
+        service().calls.give_back(connection)  # from here on it may be another request's
+        if hurried:
+            raise too_many_streams() from None
+        if isinstance(error, psycopg.errors.InvalidParameterValue) and zone not in (None, service().time_zone):
             refuse("tz", "is not a time zone that the database knows")
-        raise
-    except BaseException:
-        service().calls.give_back(connection)
         raise
 
 
@@ -1822,7 +1816,7 @@ def open_feed(values: Mapping[str, Any], purpose: str, snapshot: Mapping[str, An
         cursor = read_feed_cursor(values["cursor"])
         check_feed_cursor(cursor, account_id, purpose, snapshot)
     else:
-        since = find_start(values["from"], find_zone(service().time_zone)).isoformat()
+        since = find_edge(values["from"], values["from"].first, find_zone(service().time_zone)).isoformat()
         cursor = FeedCursor(
             FEED_VERSION, snapshot["cluster"], account_id, purpose, None, since, snapshot["seen"].isoformat(), since
         )
