@@ -459,6 +459,7 @@ def check_index(connection: Connection) -> Iterator[Finding]:
 def find_plan(connection: Connection, start: str, end: str) -> Iterator[dict[str, Any]]:
     """The nodes of the plan for the range of a domain, of the statement that serves it."""
     values = cdr_api.select_values(dict.fromkeys(cdr_api.FILTERS)) | {
+        "one_domain": True,
         "domain_name": "",
         "domain_names": [],
         "domain_uuids": [],

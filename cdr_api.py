@@ -290,6 +290,8 @@ CONNECTION_DEFAULTS = {
 PATIENCE = 10.0
 # How long a request waits for a server that is known to be away, in seconds.
 BRIEFLY = 0.1
+# After so many times psycopg would prepare a statement that it was not told to prepare.
+NEVER = 2**31
 
 
 Connection = psycopg.Connection[dict[str, Any]]
@@ -303,6 +305,8 @@ class PatientConnection(Connection):
 
     patience = PATIENCE
     may_be_long = True  # whether the account has room for another long answer
+    # The names of the statements that find_few has prepared, by their texts; None: it must not.
+    prepared: dict[str, str] | None = None
 
     def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
         try:
@@ -327,8 +331,8 @@ class Database:
     """The connections of one worker to one server, opened at first use.
 
     At first use and not before, so that no connection is shared over a fork.
-    Nothing is prepared on the server and nothing is set for longer than a
-    transaction, so that PgBouncer may pool transactions.
+    Nothing is set for longer than a transaction, and statements are prepared on
+    the server only where it is ours alone, so that PgBouncer may pool transactions.
     """
 
     def __init__(self, dsn: str, settings: Settings) -> None:
@@ -348,7 +352,7 @@ class Database:
             min_size=0,
             max_size=settings.threads,
             reconnect_timeout=0,
-            configure=lambda _connection: self.note(reachable=True),
+            configure=self.examine,
             reconnect_failed=lambda _pool: self.note(reachable=False),
             open=False,
         )
@@ -356,6 +360,18 @@ class Database:
     def note(self, *, reachable: bool) -> None:
         """Keeps in mind how the last attempt to connect ended."""
         self.reachable = reachable
+
+    def examine(self, connection: PatientConnection) -> None:
+        """Lets statements be prepared on a new connection whose server process is its own.
+
+        A PgBouncer tells a number of its own as that of the process.
+        """
+        self.note(reachable=True)
+        found = run(connection, "examine_session")[0]
+        if found["pid"] == connection.pgconn.backend_pid:
+            connection.prepare_threshold = NEVER
+            if found["indexed"] and connection.pgconn.server_version >= 120000:  # the first with plan_cache_mode
+                connection.prepared = {}
 
     @contextmanager
     def connection(self) -> Iterator[PatientConnection]:
@@ -403,9 +419,9 @@ class Database:
 
 
 def run(connection: Connection, statement: str, **values: Any) -> list[dict[str, Any]]:
-    """The rows of a statement of queries.sql on a connection in hand."""
-    cursor = connection.execute(STATEMENTS[statement], values)
-    return cursor.fetchall() if cursor.description else []
+    """The rows of a statement of queries.sql on a connection in hand, which prepares it if it may."""
+    cursor = connection.execute(STATEMENTS[statement], values, prepare=True)
+    return cursor.fetchall() if cursor.rownumber is not None else []
 
 
 class Service:
@@ -455,6 +471,7 @@ class Record:
     route: str
     begun: float  # by time.monotonic()
     account_id: int | None = None
+    rows: int = 0  # calls sent otherwise than by the stream
     stream: CallStream | None = None
 
 
@@ -499,7 +516,7 @@ def close_record(environ: Mapping[str, Any], status: int, sent: int, style: str)
         "method": method,
         "route": found.route,
         "status": status,
-        "rows": stream.rows if stream else 0,
+        "rows": stream.rows if stream else found.rows,
         "bytes": sent,
         "seconds": round(time.monotonic() - found.begun, 6),
         "broken": bool(stream and not stream.complete and method != "HEAD"),
@@ -846,11 +863,19 @@ UNAUTHENTICATED = {"WWW-Authenticate": "Bearer"}
 
 @dataclass(frozen=True)
 class Account:
-    """Who asks: the account of the presented token."""
+    """Who asks: the account of the presented token.
+
+    With it, in one round trip, what read_domains wants to know of the domain
+    that the request names; zero and None if it names none.
+    """
 
     account_id: int
     token_id: int
     all_domains: bool
+    domains: int
+    granted: int
+    domain_uuids: list[str] | None
+    other_uuids: list[str] | None
 
 
 def digest_token(token: str) -> bytes:
@@ -860,7 +885,10 @@ def digest_token(token: str) -> bytes:
 @tokens.verify_token
 def verify_token(token: str) -> Account | None:
     """The account of a live token, or None."""
-    found = service().accounts.rows("authenticate", digest=digest_token(token))
+    name = dict(read_pairs(request.query_string)).get("domain_name")
+    if name and "\0" in name:
+        name = None  # which will be refused
+    found = service().accounts.rows("authenticate", digest=digest_token(token), domain_name=name)
     if not found:
         if token:
             report_failure("token")
@@ -893,7 +921,7 @@ def current_account() -> Account:
 def read_domains(domain_name: str | None) -> dict[str, Any]:
     """The one place that decides which domains a request may read.
 
-    One by its name, or (None) all of the account; as the values domain_name,
+    One by its name, or (None) all of the account; as the values one_domain, domain_name,
     domain_names, domain_uuids and other_uuids of matching_calls (queries.sql).
     Raises ApiError 403, the same for a foreign domain and for none; 404 only
     for accounts that may read all. FusionPBX does not keep names unique
@@ -903,14 +931,13 @@ def read_domains(domain_name: str | None) -> dict[str, Any]:
     if domain_name is None:
         values = {"account_id": account.account_id, "all_domains": account.all_domains}
         (row,) = service().accounts.rows("find_domains", **values)
-        return {"domain_name": None} | {name: value or [] for name, value in row.items()}
-    found = service().accounts.rows("find_domain", account_id=account.account_id, domain_name=domain_name)[0]
-    if account.all_domains and not found["domains"]:
+        return {"one_domain": False, "domain_name": None} | {name: value or [] for name, value in row.items()}
+    if account.all_domains and not account.domains:
         raise ApiError(404, "There is no such domain.")
-    if not account.all_domains and not 0 < found["domains"] == found["granted"]:
+    if not account.all_domains and not 0 < account.domains == account.granted:
         raise ApiError(403, "This account may not read this domain.")
-    uuids = {name: found[name] or [] for name in ("domain_uuids", "other_uuids")}
-    return {"domain_name": domain_name, "domain_names": [domain_name]} | uuids
+    uuids = {"domain_uuids": account.domain_uuids or [], "other_uuids": account.other_uuids or []}
+    return {"one_domain": True, "domain_name": domain_name, "domain_names": [domain_name]} | uuids
 
 
 # Guessing ---------------------------------------------------------------------
@@ -1163,7 +1190,13 @@ BATCH_BYTES = 32 * 1024  # of COPY output; larger batches leave the processor's 
 
 DEL = b"\x7f"
 PRINTABLE = bytes(range(32, 256))
-ESCAPES = {control: b"\\u%04x" % control for control in range(32)} | {10: b"\\n", 9: b"\\t", 13: b"\\r"}
+ESCAPES = {control: b"\\u%04x" % control for control in range(32)} | {
+    8: b"\\b",
+    9: b"\\t",
+    10: b"\\n",
+    12: b"\\f",
+    13: b"\\r",
+}
 CELL = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[^\x7f"]+', re.DOTALL)
 
 
@@ -1202,15 +1235,12 @@ def join_lines(rows: list[memoryview], _opening: bytes) -> bytes:
     return b"".join(rows)
 
 
-def copy_begins(results: list[pq.abc.PGresult]) -> bool:
-    """Whether the results so far end in the begin of a COPY, not the query's end.
-
-    Raises psycopg.Error if a statement failed.
-    """
+def check_results(results: list[pq.abc.PGresult]) -> pq.abc.PGresult:
+    """The last result of a query's statements so far; raises psycopg.Error if one failed."""
     for result in results:
         if result.status == pq.ExecStatus.FATAL_ERROR:
             raise psycopg.errors.error_from_result(result, encoding="utf-8")
-    return results[-1].status == pq.ExecStatus.COPY_OUT
+    return results[-1]
 
 
 def copy_rows(pgconn: pq.abc.PGconn, patience: int) -> Iterator[memoryview]:
@@ -1242,7 +1272,7 @@ def copy_batches(connection: PatientConnection, query: bytes) -> Iterator[list[m
     results = connection.wait(generators.execute(pgconn))
     rows: list[memoryview] = []
     size = 0
-    while copy_begins(results):
+    while check_results(results).status == pq.ExecStatus.COPY_OUT:
         for row in copy_rows(pgconn, int(connection.patience * 1000)):
             rows.append(row)
             size += len(row)
@@ -1254,7 +1284,7 @@ def copy_batches(connection: PatientConnection, query: bytes) -> Iterator[list[m
         yield rows
 
 
-def end_transaction(connection: Connection) -> None:
+def end_transaction(connection: PatientConnection) -> None:
     """Makes a connection fit for the pool again: cancels what runs, rolls back."""
     pgconn = connection.pgconn
     try:
@@ -1265,8 +1295,16 @@ def end_transaction(connection: Connection) -> None:
             connection.wait(generators.fetch_many(pgconn), timeout=5)
         if pgconn.transaction_status != pq.TransactionStatus.IDLE:
             connection.rollback()
+            forget_prepared(connection)  # as psycopg does then
     except psycopg.Error:
         connection.close()
+
+
+def forget_prepared(connection: PatientConnection) -> None:
+    """Takes back all that is prepared on a connection, psycopg's statements too."""
+    if connection.prepared:
+        connection.execute("DEALLOCATE ALL")
+        connection.prepared.clear()
 
 
 class Reader:
@@ -1474,21 +1512,38 @@ def choose_format(values: Mapping[str, Any]) -> str:
 
 def bind(connection: Connection, statement: str, values: Mapping[str, Any]) -> bytes:
     """A statement with its values in it, quoted by psycopg, since COPY takes no parameters."""
-    literals = {name: sql.Literal(value).as_string(connection) for name, value in values.items()}
+    literals = {name: sql.Literal(values[name]).as_string(connection) for name in find_marks(statement)}
     return (statement % literals).encode()
 
 
+@functools.lru_cache(maxsize=256)
+def find_marks(statement: str) -> frozenset[str]:
+    """The names of a statement's parameters."""
+    return frozenset(re.findall(r"(?<!%)%\((\w+)\)s", statement))
+
+
 def defuse(name: str) -> sql.Composable:
-    """A column of text that no spreadsheet takes for a formula."""
+    """A column, its text such that no spreadsheet takes it for a formula."""
+    if name not in STRINGS:
+        return take(name)
     return STATEMENTS["defuse"].format(column=sql.Identifier("calls", name), name=sql.Identifier(name))
 
 
+def take(name: str) -> sql.Composable:
+    """A column as it is."""
+    return sql.Identifier("calls", name)
+
+
+def type_column(name: str) -> sql.Composable:
+    """A column of the type that it has in JSON."""
+    kind = "text" if name in STRINGS else "boolean" if name in BOOLEANS else "numeric"
+    return sql.SQL("calls.{0}::{1} AS {0}").format(sql.Identifier(name), sql.SQL(kind))
+
+
 @functools.lru_cache(maxsize=256)
-def compose_select(fields: tuple[str, ...], *, safe: bool = False) -> str:
+def compose_select(fields: tuple[str, ...], column: Callable[[str], sql.Composable] = take) -> str:
     """select_calls with its columns."""
-    columns = sql.SQL(", ").join(
-        defuse(name) if safe and name in STRINGS else sql.Identifier("calls", name) for name in fields
-    )
+    columns = sql.SQL(", ").join(map(column, fields))
     return STATEMENTS["select_calls"].format(columns=columns, matching_calls=STATEMENTS["matching_calls"]).as_string()
 
 
@@ -1498,7 +1553,8 @@ def compose_copy(kind: str, fields: tuple[str, ...], *, safe: bool = False) -> s
     strings = sql.SQL(", ").join(sql.Identifier(name) for name in fields if name in STRINGS)
     force_quote = sql.SQL(", FORCE_QUOTE ({})").format(strings) if strings.as_string() else sql.SQL("")
     statement = STATEMENTS["copy_csv" if kind == "csv" else "copy_json"]
-    return statement.format(query=sql.SQL(compose_select(fields, safe=safe)), force_quote=force_quote).as_string()
+    query = sql.SQL(compose_select(fields, defuse if safe else take))
+    return statement.format(query=query, force_quote=force_quote).as_string()
 
 
 # End stamp and uuid of a call, what its page ends with; (None, None) stands
@@ -1598,6 +1654,10 @@ def answer_calls(values: Mapping[str, Any]) -> Response:
     key = None if values["after"] is None else read_cursor(purpose, "after", values["after"])
     parts = window.parts(key, values["limit"])
     headers = {}
+    if kind != "csv" and len(parts) == 1 and not window.may_be_undated:
+        few = find_few(parts[0], values["fields"] or FIELDS)
+        if few is not None and len(few) <= (values["limit"] or FEW):
+            return answer_few(few, kind)
     if values["limit"]:
         _ = service().secret  # before a connection is held: it may take one of its own
     with transaction(sort=found["by"] == "start") as connection:
@@ -1605,6 +1665,77 @@ def answer_calls(values: Mapping[str, Any]) -> Response:
             headers["Link"] = f'<{next_url("after", write_cursor(purpose, key))}>; rel="next"'
         stream = send_copies(connection, parts, kind, values)
     return answer_stream(stream, headers)
+
+
+# So many calls are made JSON by PostgreSQL; more of them COPY brings in less time.
+FEW = 20
+# And no more bytes: the system takes them off our hands at once, however slow the client is.
+FEW_BYTES = 64 * 1024
+# For so many kinds of requests a connection has a statement prepared, which takes PostgreSQL memory.
+MOST_PREPARED = 8
+
+
+@functools.lru_cache(maxsize=256)
+def compose_few(fields: tuple[str, ...], fixed: tuple[tuple[str, Any], ...], given: tuple[str, ...]) -> str:
+    """select_few with the values that its plan depends on in it, and $1, $2, … for the others."""
+    values = {name: sql.Literal(value).as_string() for name, value in fixed}
+    values |= {name: f"${n}" for n, name in enumerate(given, 1)}
+    query = sql.SQL(compose_select(fields, type_column))
+    return STATEMENTS["select_few"].format(query=query).as_string() % values
+
+
+def prepare_few(
+    connection: PatientConnection, prepared: dict[str, str], fields: tuple[str, ...], values: Mapping[str, Any]
+) -> str:
+    """execute_few for the statement of a request, which the connection has prepared then."""
+    given = tuple(
+        name for name, value in values.items() if isinstance(value, str | list) and name not in ("by", "part")
+    )
+    query = compose_few(fields, tuple((name, values[name]) for name in values if name not in given), given)
+    if query not in prepared:
+        if len(prepared) == MOST_PREPARED:
+            forget_prepared(connection)
+        name = sql.Identifier(f"few_{len(prepared)}")
+        connection.execute(sql.SQL("PREPARE {} AS {}").format(name, sql.SQL(query)))
+        marks = sql.SQL(", ").join(map(sql.Placeholder, given))
+        prepared[query] = STATEMENTS["execute_few"].format(name=name, values=marks).as_string()
+    return prepared[query]
+
+
+def find_few(values: Mapping[str, Any], fields: tuple[str, ...]) -> list[bytes] | None:
+    """The calls of a request, each as JSON; None if they are not few, or that does not come to light at once.
+
+    In one round trip, and without parsing and planning anew. What stands in its
+    way is left to the stream, which makes an answer of it, or the right error.
+    """
+    settings = service().settings
+    with service().calls.connection() as connection:
+        if connection.prepared is None:
+            return None
+        connection.patience = settings.statement_timeout / 1000 + PATIENCE
+        try:
+            execute = prepare_few(connection, connection.prepared, fields, {**values, "limit": FEW + 1})
+            begin = STATEMENTS["begin_read"].as_string()
+            values = {**values, **begin_values(sort=False), "few_timeout": min(1000, settings.statement_timeout)}
+            connection.pgconn.send_query(bind(connection, f"{begin};{execute}", values))
+            results = connection.wait(generators.execute(connection.pgconn))
+            check_results(results)
+        except psycopg.Error as error:
+            if connection.closed:
+                raise
+            if not isinstance(error, psycopg.errors.QueryCanceled):
+                connection.prepared = None
+            return None
+        rows = results[-2]
+        calls = [rows.get_value(row, 0) or b"" for row in range(rows.ntuples)]
+        return calls if len(calls) <= FEW and sum(map(len, calls)) <= FEW_BYTES else None
+
+
+def answer_few(calls: list[bytes], kind: str) -> Response:
+    """An answer like that of a stream."""
+    record().rows = len(calls)
+    body = b"[" + b",\n".join(calls) + b"]\n" if kind == "json" else b"".join(call + b"\n" for call in calls)
+    return Response(body, content_type=FORMATS[kind])
 
 
 def send_copies(
@@ -1629,10 +1760,8 @@ def transaction(*, sort: bool, zone: str | None = None) -> Iterator[PatientConne
     """
     examine_worker()
     settings = service().settings
-    values = {
+    values = begin_values(sort=sort, zone=zone) | {
         "statement_timeout": settings.statement_timeout,
-        "enable_sort": "on" if sort else "off",
-        "time_zone": zone or service().time_zone,
         "account_id": current_account().account_id,
         "streams": settings.account_streams,
     }
@@ -1651,9 +1780,15 @@ def transaction(*, sort: bool, zone: str | None = None) -> Iterator[PatientConne
         raise
 
 
+def begin_values(*, sort: bool, zone: str | None = None) -> dict[str, str]:
+    """The values of begin_read; those of transaction."""
+    return {"enable_sort": "on" if sort else "off", "time_zone": zone or service().time_zone}
+
+
 def begin(connection: Connection, values: Mapping[str, Any]) -> bool:
     """Opens a transaction; whether the account has room for a long answer in it."""
-    cursor = connection.execute(bind(connection, STATEMENTS["begin_read"].as_string(), values))
+    begin_read, take_place = (STATEMENTS[name].as_string() for name in ("begin_read", "take_place"))
+    cursor = connection.execute(bind(connection, f"{begin_read};{take_place}", values))
     while cursor.nextset():
         pass
     return bool(cursor.fetchall()[0]["may_be_long"])
@@ -1805,7 +1940,7 @@ def find_horizon() -> int:
     with service().calls.connection() as connection:
         found = run(connection, "find_horizon")[0]
         if not found["durable"]:
-            run(connection, "flush_wal")
+            connection.execute(STATEMENTS["flush_wal"])
     return int(found["horizon"])
 
 

@@ -5,7 +5,8 @@
 -- in a comment. A name in braces, {columns}, is put in by cdr_api.py from its
 -- own closed lists, never from a request. v_xml_cdr and v_domains are
 -- FusionPBX's tables, found by search_path; the side tables of schema.sql are
--- always written with their schema, cdr_api.
+-- always written with their schema, cdr_api. What comes from a column of
+-- FusionPBX is cast: the types that a prepared statement gives must not change.
 
 
 -- Calls ----------------------------------------------------------------------
@@ -16,9 +17,6 @@
 -- the first row does not wait for a sort of all of them. Calls are stored in the
 -- order of their end, so an index on the domain first reads few pages twice; the
 -- planner, which judges by the domain alone, would go through the whole table.
--- Its one row: whether the account may have another long answer, for which it
--- needs one of its advisory locks (of a server, shared by all workers); they end
--- with the transaction. 1667527680 is "cdr" as the first three bytes.
 -- The lock comes before the snapshot: to a snapshot that is older than the end of
 -- an ALTER TABLE that rewrites the table, the table would look empty.
 BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
@@ -27,8 +25,17 @@ SET LOCAL enable_sort = %(enable_sort)s;
 SET LOCAL random_page_cost = 1.1;
 SET LOCAL DateStyle = 'ISO';
 SET LOCAL TimeZone = %(time_zone)s;
+
+-- name: take_place
+-- One row: whether the account may have another long answer, for which it needs
+-- one of its advisory locks (of a server, shared by all workers); they end with
+-- the transaction. 1667527680 is "cdr" as the first three bytes.
+-- An answer in the order of an index takes one processor of the PBX, not all.
 SELECT may_be_long,
-       set_config('statement_timeout', CASE WHEN may_be_long THEN %(statement_timeout)s::text ELSE '1s' END, true)
+       set_config('statement_timeout', CASE WHEN may_be_long THEN %(statement_timeout)s::text ELSE '1s' END, true),
+       set_config('max_parallel_workers_per_gather',
+                  CASE %(enable_sort)s WHEN 'off' THEN '0'
+                       ELSE current_setting('max_parallel_workers_per_gather') END, true)
   FROM (SELECT EXISTS (SELECT FROM generate_series(1, %(streams)s) AS slot
                         WHERE pg_try_advisory_xact_lock(1667527680 + slot, %(account_id)s)) AS may_be_long
         OFFSET 0) AS attempt;
@@ -41,12 +48,27 @@ SELECT {columns}
  ORDER BY CASE WHEN %(part)s = 'dated' THEN calls.end_at END, calls.xml_cdr_uuid
  LIMIT %(limit)s OFFSET %(offset)s;
 
+-- name: select_few
+-- One row is a call as JSON, in the order of select_calls, which is {query}. To make
+-- JSON here takes four times as long as COPY, but this can be prepared: for few
+-- calls, to parse and plan all the columns takes longest of all.
+SELECT row_to_json(call)::text FROM ({query}) AS call;
+
+-- name: execute_few
+-- What follows begin_read when {name} is prepared from select_few. It is planned
+-- once, for all values, and given up where it turns out not to be quick.
+SET LOCAL plan_cache_mode = force_generic_plan;
+SET LOCAL statement_timeout = %(few_timeout)s;
+EXECUTE {name} ({values});
+COMMIT;
+
 -- name: matching_calls
 -- No statement but what all that read calls read from: one row is one call (one
 -- row of v_xml_cdr) that the parameters ask for, in no order.
 -- part: "dated" are the calls that have an end stamp, behind the key
 -- (after_stamp, after_uuid); "undated" those that have none, behind after_uuid;
 -- "both" is all of them.
+-- one_domain: calls of domain_name, else of domain_names.
 -- domain_uuids are those of the domain or domains asked for, other_uuids those of
 -- all others: a call that bears our name but belongs to another domain (it was
 -- imported after FusionPBX renamed that, and we took the name) is not ours.
@@ -66,7 +88,8 @@ SELECT {columns}
 -- 4.x) counts as none instead of stopping the answer.
 -- The comparison of end_stamp with after_stamp alone adds nothing but this: by it
 -- PostgreSQL leaves out the partitions of earlier months, by that of the key not.
--- x - x = 0 is false for NaN and Infinity only, in every PostgreSQL.
+-- scale(x) is NULL for NaN and Infinity, and 0 for what is whole, as it nearly always
+-- is: then nothing needs rounding, which takes longer than to ask.
 (SELECT calls.*
   FROM (SELECT NULL::uuid AS uuid, NULL::uuid AS xml_cdr_uuid,
                NULL::text AS sip_call_id, NULL::text AS caller_destination,
@@ -82,49 +105,55 @@ SELECT {columns}
               domain_uuid, extension_uuid, sip_call_id, domain_name, accountcode, direction,
               default_language, context, caller_id_name, caller_id_number, caller_destination,
               source_number, destination_number,
-              CASE WHEN start_epoch - start_epoch = 0 THEN trunc(start_epoch) END AS start_epoch,
-              trim('"' FROM to_json(start_stamp::timestamptz)::text) AS start_stamp,
+              CASE WHEN scale(start_epoch) = 0 THEN start_epoch
+                   WHEN scale(start_epoch) > 0 THEN trunc(start_epoch) END AS start_epoch,
+              to_jsonb(start_stamp::timestamptz) #>> '{}' AS start_stamp,
               CASE WHEN answer_stamp::timestamptz > '1970-01-02'
-                   THEN trim('"' FROM to_json(answer_stamp::timestamptz)::text) END AS answer_stamp,
-              CASE WHEN answer_epoch - answer_epoch = 0 THEN trunc(answer_epoch) END AS answer_epoch,
-              CASE WHEN end_epoch - end_epoch = 0 THEN trunc(end_epoch) END AS end_epoch,
+                   THEN to_jsonb(answer_stamp::timestamptz) #>> '{}' END AS answer_stamp,
+              CASE WHEN scale(answer_epoch) = 0 THEN answer_epoch
+                   WHEN scale(answer_epoch) > 0 THEN trunc(answer_epoch) END AS answer_epoch,
+              CASE WHEN scale(end_epoch) = 0 THEN end_epoch
+                   WHEN scale(end_epoch) > 0 THEN trunc(end_epoch) END AS end_epoch,
               CASE WHEN end_stamp > '04713-01-01 BC'
-                   THEN trim('"' FROM to_json(end_stamp::timestamptz)::text) END AS end_stamp,
+                   THEN to_jsonb(end_stamp::timestamptz) #>> '{}' END AS end_stamp,
               CASE WHEN duration IS NULL THEN 0
-                   WHEN duration - duration = 0 THEN round(duration) END AS duration,
+                   WHEN scale(duration) = 0 THEN duration
+                   WHEN scale(duration) > 0 THEN round(duration) END AS duration,
               CASE WHEN mduration IS NULL THEN 0
-                   WHEN mduration - mduration = 0 THEN round(mduration) END AS mduration,
+                   WHEN scale(mduration) = 0 THEN mduration
+                   WHEN scale(mduration) > 0 THEN round(mduration) END AS mduration,
               CASE WHEN billsec IS NULL THEN 0
-                   WHEN billsec - billsec = 0 THEN round(billsec) END AS billsec,
+                   WHEN scale(billsec) = 0 THEN billsec
+                   WHEN scale(billsec) > 0 THEN round(billsec) END AS billsec,
               CASE WHEN billmsec IS NULL THEN 0
-                   WHEN billmsec - billmsec = 0 THEN round(billmsec) END AS billmsec,
+                   WHEN scale(billmsec) = 0 THEN billmsec
+                   WHEN scale(billmsec) > 0 THEN round(billmsec) END AS billmsec,
               bridge_uuid, read_codec, read_rate, write_codec, write_rate, remote_media_ip,
               network_addr, record_path, record_name, leg, originating_leg_uuid,
-              CASE WHEN pdd_ms - pdd_ms = 0 THEN round(pdd_ms) END AS pdd_ms,
-              CASE WHEN rtp_audio_in_mos - rtp_audio_in_mos = 0 THEN rtp_audio_in_mos END AS rtp_audio_in_mos,
+              CASE WHEN scale(pdd_ms) = 0 THEN pdd_ms
+                   WHEN scale(pdd_ms) > 0 THEN round(pdd_ms) END AS pdd_ms,
+              CASE WHEN scale(rtp_audio_in_mos) >= 0 THEN rtp_audio_in_mos END AS rtp_audio_in_mos,
               last_app, last_arg,
               voicemail_message::text AS voicemail_message, missed_call::text AS missed_call,
               call_center_queue_uuid, cc_side, cc_member_uuid,
               CASE WHEN cc_queue_joined_epoch::text NOT IN ('NaN', 'Infinity', '-Infinity')
                    THEN split_part(cc_queue_joined_epoch::text, '.', 1) END AS cc_queue_joined_epoch,
               cc_queue, cc_member_session_uuid, cc_agent_uuid, cc_agent, cc_agent_type, cc_agent_bridged,
-              CASE WHEN cc_queue_answered_epoch - cc_queue_answered_epoch = 0
-                   THEN trunc(cc_queue_answered_epoch) END AS cc_queue_answered_epoch,
-              CASE WHEN cc_queue_terminated_epoch - cc_queue_terminated_epoch = 0
-                   THEN trunc(cc_queue_terminated_epoch) END AS cc_queue_terminated_epoch,
-              CASE WHEN cc_queue_canceled_epoch - cc_queue_canceled_epoch = 0
-                   THEN trunc(cc_queue_canceled_epoch) END AS cc_queue_canceled_epoch,
+              CASE WHEN scale(cc_queue_answered_epoch) >= 0 THEN trunc(cc_queue_answered_epoch) END AS cc_queue_answered_epoch,
+              CASE WHEN scale(cc_queue_terminated_epoch) >= 0 THEN trunc(cc_queue_terminated_epoch) END AS cc_queue_terminated_epoch,
+              CASE WHEN scale(cc_queue_canceled_epoch) >= 0 THEN trunc(cc_queue_canceled_epoch) END AS cc_queue_canceled_epoch,
               cc_cancel_reason, cc_cause,
-              CASE WHEN waitsec - waitsec = 0 THEN round(waitsec) END AS waitsec,
+              CASE WHEN scale(waitsec) = 0 THEN waitsec
+                   WHEN scale(waitsec) > 0 THEN round(waitsec) END AS waitsec,
               conference_name, conference_uuid, conference_member_id, digits_dialed, pin_number,
               hangup_cause,
-              CASE WHEN hangup_cause_q850 - hangup_cause_q850 = 0
-                   THEN trunc(hangup_cause_q850) END AS hangup_cause_q850,
+              CASE WHEN scale(hangup_cause_q850) = 0 THEN hangup_cause_q850
+                   WHEN scale(hangup_cause_q850) > 0 THEN trunc(hangup_cause_q850) END AS hangup_cause_q850,
               sip_hangup_disposition, xml,
               start_stamp::timestamptz AS start_at, end_stamp::timestamptz AS end_at
          FROM v_xml_cdr AS cdr
-        WHERE (cdr.domain_name = %(domain_name)s
-               OR %(domain_name)s IS NULL AND cdr.domain_name = ANY(%(domain_names)s::text[]))
+        WHERE (%(one_domain)s AND cdr.domain_name = %(domain_name)s
+               OR NOT %(one_domain)s AND cdr.domain_name = ANY(%(domain_names)s::text[]))
           AND (cdr.domain_uuid IS NULL
                OR cdr.domain_uuid = ANY(%(domain_uuids)s::uuid[])
                OR cdr.domain_uuid <> ALL(%(other_uuids)s::uuid[]))
@@ -180,6 +209,17 @@ COPY ({query}) TO STDOUT (FORMAT csv, HEADER %(header)s);
 -- No statement but a column of it: text that a spreadsheet would take for a
 -- formula, with an apostrophe before it.
 CASE WHEN {column}::text ~ '^[=+@\t\r\n-]' THEN '''' || {column} ELSE {column}::text END AS {name};
+
+-- name: examine_session
+-- One row: pid, the process that serves us, and whether an index brings the calls
+-- of a domain in the order of the key.
+SELECT pg_backend_pid() AS pid,
+       EXISTS (SELECT FROM pg_index AS i
+                WHERE i.indrelid = to_regclass('v_xml_cdr') AND i.indisvalid AND i.indpred IS NULL
+                  AND (SELECT array_agg(a.attname::text ORDER BY a.attnum)
+                         FROM pg_attribute AS a
+                        WHERE a.attrelid = i.indexrelid AND a.attnum <= 3)
+                      = ARRAY['domain_name', 'end_stamp', 'xml_cdr_uuid']) AS indexed;
 
 -- name: probe_calls
 -- No row; an error where calls cannot be read.
@@ -321,21 +361,10 @@ SELECT trim('"' FROM to_json(%(from)s::timestamptz + i * %(step)s * interval '1 
 
 -- Domains --------------------------------------------------------------------
 
--- name: find_domain
--- One row: how many domains bear the name (FusionPBX does not keep it unique),
--- how many of them are granted to the account, their uuids and all others'.
-SELECT count(*) FILTER (WHERE d.domain_name = %(domain_name)s) AS domains,
-       count(g.domain_uuid) FILTER (WHERE d.domain_name = %(domain_name)s) AS granted,
-       array_agg(d.domain_uuid::text) FILTER (WHERE d.domain_name = %(domain_name)s) AS domain_uuids,
-       array_agg(d.domain_uuid::text) FILTER (WHERE d.domain_name IS DISTINCT FROM %(domain_name)s) AS other_uuids
-  FROM v_domains AS d
-  LEFT JOIN cdr_api.grants AS g
-    ON g.domain_uuid = d.domain_uuid AND g.account_id = %(account_id)s;
-
 -- name: find_domains
 -- One row: the names whose domains the account may read, every one of them; the
 -- uuids of these domains and all others'.
-SELECT array_agg(DISTINCT domain_name) FILTER (WHERE readable) AS domain_names,
+SELECT array_agg(DISTINCT domain_name::text) FILTER (WHERE readable) AS domain_names,
        array_agg(domain_uuid::text ORDER BY domain_uuid) FILTER (WHERE readable) AS domain_uuids,
        array_agg(domain_uuid::text) FILTER (WHERE NOT readable) AS other_uuids
   FROM (SELECT d.domain_name, d.domain_uuid,
@@ -346,7 +375,7 @@ SELECT array_agg(DISTINCT domain_name) FILTER (WHERE readable) AS domain_names,
 
 -- name: select_domains
 -- One row is a domain that the account may read, by name.
-SELECT d.domain_uuid::text, d.domain_name
+SELECT d.domain_uuid::text, d.domain_name::text
   FROM v_domains AS d
  WHERE %(all_domains)s
     OR EXISTS (SELECT FROM cdr_api.grants AS g
@@ -396,10 +425,23 @@ DELETE FROM cdr_api.tokens
 -- name: authenticate
 -- The live token of a digest with its account, or no row. stale: its last use
 -- was not written down for an hour.
+-- domain_name is the domain that the request is about, or NULL: how many domains
+-- bear the name (FusionPBX does not keep it unique), how many of them are granted
+-- to the account, their uuids and all others'.
 SELECT t.token_id, t.account_id, a.all_domains,
-       coalesce(t.last_used_at < now() - interval '1 hour', true) AS stale
+       coalesce(t.last_used_at < now() - interval '1 hour', true) AS stale,
+       named.domains, named.granted, named.domain_uuids, named.other_uuids
   FROM cdr_api.tokens AS t
   JOIN cdr_api.accounts AS a USING (account_id)
+ CROSS JOIN LATERAL (
+       SELECT count(*) FILTER (WHERE d.domain_name = %(domain_name)s) AS domains,
+              count(g.domain_uuid) FILTER (WHERE d.domain_name = %(domain_name)s) AS granted,
+              array_agg(d.domain_uuid::text) FILTER (WHERE d.domain_name = %(domain_name)s) AS domain_uuids,
+              array_agg(d.domain_uuid::text) FILTER (WHERE d.domain_name IS DISTINCT FROM %(domain_name)s) AS other_uuids
+         FROM v_domains AS d
+         LEFT JOIN cdr_api.grants AS g
+           ON g.domain_uuid = d.domain_uuid AND g.account_id = t.account_id
+        WHERE %(domain_name)s::text IS NOT NULL) AS named
  WHERE t.digest = %(digest)s
    AND a.disabled_at IS NULL
    AND (t.expires_at IS NULL OR t.expires_at > now());

@@ -1,0 +1,218 @@
+"""Few calls: brought by a prepared statement, and the same to the byte as by the stream."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+import cdr_api
+from tests.conftest import Client, Database, DatabaseMaker, Gunicorn, serve, wait_for
+from tests.servers import ask
+from tests.test_stream import ANYTHING, FIXED, NASTY
+
+pytestmark = pytest.mark.direct("through PgBouncer nothing is prepared; test_pgbouncer.py shows it")
+
+NUMBERS = st.sampled_from(["0", "7", "12.5", "12.4999", "-0.4", "12.00", "NaN", "1e20", "1714636820.9"])
+COLUMNS: dict[str, Any] = {
+    "caller_id_name": NASTY | ANYTHING | FIXED,
+    "xml": NASTY | ANYTHING | FIXED,
+    "leg": st.sampled_from("ab"),
+    "extension_uuid": st.uuids().map(str),
+    "billsec": NUMBERS,
+    "mduration": NUMBERS,
+    "start_epoch": NUMBERS,
+    "rtp_audio_in_mos": NUMBERS,
+    "cc_queue_joined_epoch": NUMBERS,
+    "hangup_cause_q850": NUMBERS,
+    "missed_call": st.booleans(),
+    "start_stamp": st.sampled_from(["2026-02-03 10:00:00.25+00", "0044-03-15 12:00:00+00 BC", "infinity"]),
+    "answer_stamp": st.sampled_from(["1970-01-01 00:00:00+00", "2026-02-03 10:00:00+05:30"]),
+}
+ROWS = st.lists(st.tuples(*[st.none() | values for values in COLUMNS.values()]), max_size=8)
+DAY = {"from": "2026-02-03", "to": "2026-02-03"}
+
+
+@pytest.fixture
+def database(make_database: DatabaseMaker) -> Iterator[Database]:
+    """Without a call, and with the index."""
+    database = make_database(index=True)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def client(database: Database) -> Client:
+    return database.client(database.account("alpha.example.com"))
+
+
+def range_and_calls(client: Client, **parameters: Any) -> tuple[bytes, bytes]:
+    """All calls by way of few, if they are, and by the stream."""
+    few = client.get("/api/call_range", domain_name="alpha.example.com", **DAY, **parameters)
+    stream = client.get("/api/calls", domain_name="alpha.example.com", **parameters)
+    assert few.status_code == stream.status_code == 200, few.text
+    assert few.headers["Content-Type"] == stream.headers["Content-Type"]
+    return few.data, stream.data
+
+
+def executed(database: Database, text: str = "EXECUTE") -> int:
+    """How many of the service's connections have sent such a statement last (but for a rollback)."""
+    query = "SELECT query FROM pg_stat_activity WHERE datname = %s AND usename = 'cdr_api'"
+    return sum(text in sent for (sent,) in database.execute(query, [database.name]))
+
+
+@hypothesis.given(ROWS)
+@hypothesis.settings(
+    max_examples=100, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+def test_few_calls_are_those_of_the_stream(database: Database, client: Client, rows: list[tuple[Any, ...]]) -> None:
+    columns, marks = ", ".join(COLUMNS), ", ".join(["%s"] * len(COLUMNS))
+    with database.connect() as connection, connection.cursor() as cursor:
+        cursor.execute("TRUNCATE v_xml_cdr")
+        cursor.executemany(
+            f"INSERT INTO v_xml_cdr (xml_cdr_uuid, domain_name, end_stamp, {columns})"
+            f" VALUES (gen_random_uuid(), 'alpha.example.com', '2026-02-03 10:00:00+00', {marks})",
+            rows,
+        )
+    for kind in ("json", "ndjson"):
+        few, stream = range_and_calls(client, format=kind)
+        assert executed(database) == 0  # the stream came last, on the same connection
+        assert few == stream
+        assert few.count(b'"xml_cdr_uuid"') == len(rows)
+    few, stream = range_and_calls(client, fields="missed_call,billsec,xml_cdr_uuid")
+    assert few == stream
+
+
+@pytest.mark.parametrize("calls", [0, 1, cdr_api.FEW, cdr_api.FEW + 1])
+@pytest.mark.parametrize("limit", [None, 1, cdr_api.FEW - 1, cdr_api.FEW, cdr_api.FEW + 1])
+def test_pages_meet_every_call_once(database: Database, client: Client, calls: int, limit: int | None) -> None:
+    uuids = [database.insert_call() for _ in range(calls)]
+    database.insert_call(end_stamp="2026-02-04 00:00:00+00")
+    parameters = {"domain_name": "alpha.example.com", **DAY} | ({"limit": str(limit)} if limit else {})
+    found: list[str] = []
+    pages = 0
+    while True:
+        pages += 1
+        response = client.get("/api/call_range", **parameters)
+        page = json.loads(response.data)
+        found += [call["xml_cdr_uuid"] for call in page]
+        if "Link" not in response.headers:
+            break
+        assert len(page) == limit
+        following = response.headers["Link"].removeprefix("<").removesuffix('>; rel="next"')
+        parameters = dict(parse_qsl(urlsplit(following).query))
+    assert found == sorted(uuids)
+    assert pages == max(1, -(-calls // (limit or 100)))
+
+
+def test_the_statement_is_prepared_once_on_a_connection(database: Database, client: Client) -> None:
+    database.insert_call()
+    for day in ("2026-02-03", "2026-02-04", "2026-02-05"):
+        client.call_range(day, day)
+    assert executed(database, 'EXECUTE "few_0"') == 1
+
+
+@pytest.mark.parametrize("parameters", [{"format": "csv"}, {"by": "start"}])
+def test_other_answers_are_streamed(database: Database, client: Client, parameters: dict[str, str]) -> None:
+    client.get("/api/call_range", domain_name="alpha.example.com", **DAY, **parameters)
+    assert executed(database) == 0
+
+
+def test_without_the_index_answers_are_streamed(make_database: DatabaseMaker) -> None:
+    database = make_database()
+    uuid = database.insert_call()
+    client = database.client(database.account("alpha.example.com"))
+    assert [call["xml_cdr_uuid"] for call in client.call_range("2026-02-03", "2026-02-03")] == [uuid]
+    assert executed(database) == 0
+
+
+def test_calls_of_many_bytes_are_streamed(database: Database, client: Client) -> None:
+    database.insert_call(xml="x" * cdr_api.FEW_BYTES)
+    assert len(client.call_range("2026-02-03", "2026-02-03")) == 1
+    assert executed(database) == 0
+
+
+def test_filters_and_domains_are_values_of_one_statement(database: Database) -> None:
+    client = database.client(database.account("alpha.example.com", "beta.example.com"))
+    for domain, cause in itertools.product(("alpha.example.com", "beta.example.com"), ("NORMAL_CLEARING", "USER_BUSY")):
+        database.insert_call(domain_name=domain, hangup_cause=cause)
+    for domain, cause in itertools.product(("alpha.example.com", "beta.example.com"), ("NORMAL_CLEARING", "USER_BUSY")):
+        (call,) = client.call_range("2026-02-03", "2026-02-03", domain_name=domain, hangup_cause=cause)
+        assert (call["domain_name"], call["hangup_cause"]) == (domain, cause)
+    assert executed(database, 'EXECUTE "few_0"') == 1
+
+
+def test_a_connection_keeps_only_so_many_statements(database: Database, client: Client) -> None:
+    uuid = database.insert_call()
+    for fields in itertools.islice(itertools.permutations(["xml_cdr_uuid", "leg", "billsec", "xml"]), 20):
+        (call,) = client.call_range("2026-02-03", "2026-02-03", fields=",".join(fields))
+        assert list(call) == list(fields)
+        assert call["xml_cdr_uuid"] == uuid
+    assert executed(database, f'EXECUTE "few_{19 % cdr_api.MOST_PREPARED}"') == 1
+
+
+CHANGES = [
+    "ALTER TABLE v_xml_cdr DROP COLUMN sip_call_id",
+    "ALTER TABLE v_xml_cdr ADD COLUMN sip_call_id text DEFAULT 'a'",
+    "ALTER TABLE v_xml_cdr ALTER COLUMN billsec TYPE bigint",
+    "ALTER TABLE v_xml_cdr ALTER COLUMN hangup_cause TYPE varchar(40)",
+    "ALTER TABLE v_xml_cdr ALTER COLUMN leg TYPE char(1)",
+    "ALTER TABLE v_xml_cdr ALTER COLUMN domain_name TYPE varchar(200)",
+    "ALTER TABLE v_xml_cdr ALTER COLUMN end_stamp TYPE timestamp USING end_stamp AT TIME ZONE 'UTC'",
+    "DROP INDEX cdr_api_calls",
+    "ALTER TABLE v_domains ALTER COLUMN domain_name TYPE varchar(200)",
+    (
+        "ALTER TABLE v_xml_cdr RENAME TO v_xml_cdr_old; CREATE TABLE v_xml_cdr (LIKE v_xml_cdr_old);"
+        " GRANT SELECT ON v_xml_cdr TO cdr_api; INSERT INTO v_xml_cdr SELECT * FROM v_xml_cdr_old"
+    ),
+]
+
+
+def test_a_change_of_the_tables_is_seen_at_once(database: Database, client: Client) -> None:
+    database.insert_call(billsec="12.5", sip_call_id="b", leg="a", hangup_cause="NORMAL_CLEARING")
+    few, stream = range_and_calls(client)
+    assert few == stream
+    for change in CHANGES:
+        database.execute(change)
+        few, stream = range_and_calls(client)
+        assert few == stream, change
+        assert few.count(b'"xml_cdr_uuid"') == 1
+        assert client.get("/api/domains").status_code == client.get("/api/call_totals", **DAY).status_code == 200
+
+
+def test_what_takes_long_is_left_to_the_stream(database: Database, client: Client) -> None:
+    """Each row that is looked at takes 0.2 s: eight of them more than the second that few may take.
+
+    psycopg takes back all that is prepared on the connection when it rolls back.
+    """
+    uuids = [database.insert_call() for _ in range(8)]
+    database.execute("CREATE FUNCTION slow() RETURNS boolean AS 'SELECT pg_sleep(0.2) IS NOT NULL' LANGUAGE sql")
+    database.execute("CREATE POLICY slow ON v_xml_cdr USING (slow())")
+    database.execute("ALTER TABLE v_xml_cdr ENABLE ROW LEVEL SECURITY")
+    for _ in range(2):
+        assert [call["xml_cdr_uuid"] for call in client.call_range("2026-02-03", "2026-02-03")] == uuids
+        assert executed(database) == 0
+    database.execute("ALTER TABLE v_xml_cdr DISABLE ROW LEVEL SECURITY")
+    client.call_range("2026-02-03", "2026-02-03")
+    assert executed(database) == 1
+
+
+@pytest.fixture
+def gunicorn(database: Database) -> Iterator[Gunicorn]:
+    with serve(database.dsn) as running:
+        yield running
+
+
+def test_the_log_tells_the_rows(database: Database, gunicorn: Gunicorn) -> None:
+    uuids = [database.insert_call() for _ in range(3)]
+    path = "/api/call_range?domain_name=alpha.example.com&from=2026-02-03&to=2026-02-03"
+    answer = ask(gunicorn, database.account("alpha.example.com"), ("GET", path, ""))
+    assert len(json.loads(answer.text)) == len(uuids)
+    assert executed(database) == 1
+    wait_for(lambda: "route=/api/call_range status=200 rows=3 " in gunicorn.log.read_text())
