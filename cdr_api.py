@@ -305,6 +305,7 @@ class PatientConnection(Connection):
 
     patience = PATIENCE
     may_be_long = True  # whether the account has room for another long answer
+    indexed = False  # whether an index brings a domain's calls in their order
     # The names of the statements that find_few has prepared, by their texts; None: it must not.
     prepared: dict[str, str] | None = None
 
@@ -362,15 +363,16 @@ class Database:
         self.reachable = reachable
 
     def examine(self, connection: PatientConnection) -> None:
-        """Lets statements be prepared on a new connection whose server process is its own.
+        """Looks for the index, and lets statements be prepared on a connection whose server process is its own.
 
         A PgBouncer tells a number of its own as that of the process.
         """
         self.note(reachable=True)
         found = run(connection, "examine_session")[0]
+        connection.indexed = found["indexed"]
         if found["pid"] == connection.pgconn.backend_pid:
             connection.prepare_threshold = NEVER
-            if found["indexed"] and connection.pgconn.server_version >= 120000:  # the first with plan_cache_mode
+            if connection.indexed and connection.pgconn.server_version >= 120000:  # the first with plan_cache_mode
                 connection.prepared = {}
 
     @contextmanager
@@ -1768,7 +1770,7 @@ def transaction(*, sort: bool, zone: str | None = None) -> Iterator[PatientConne
     connection = service().calls.borrow()
     try:
         connection.patience = settings.statement_timeout / 1000 + PATIENCE
-        connection.may_be_long = begin(connection, values)
+        connection.may_be_long = begin(connection, {**values, "alone": connection.indexed and not sort})
         yield connection
     except BaseException as error:
         hurried = isinstance(error, psycopg.errors.QueryCanceled) and not connection.may_be_long

@@ -30,12 +30,13 @@ SET LOCAL TimeZone = %(time_zone)s;
 -- One row: whether the account may have another long answer, for which it needs
 -- one of its advisory locks (of a server, shared by all workers); they end with
 -- the transaction. 1667527680 is "cdr" as the first three bytes.
--- An answer in the order of an index takes one processor of the PBX, not all.
+-- alone: an index brings the rows in their order, and one process is as fast as
+-- several that go through it, which take all processors of the PBX. Without the
+-- index they share the search.
 SELECT may_be_long,
        set_config('statement_timeout', CASE WHEN may_be_long THEN %(statement_timeout)s::text ELSE '1s' END, true),
        set_config('max_parallel_workers_per_gather',
-                  CASE %(enable_sort)s WHEN 'off' THEN '0'
-                       ELSE current_setting('max_parallel_workers_per_gather') END, true)
+                  CASE WHEN %(alone)s THEN '0' ELSE current_setting('max_parallel_workers_per_gather') END, true)
   FROM (SELECT EXISTS (SELECT FROM generate_series(1, %(streams)s) AS slot
                         WHERE pg_try_advisory_xact_lock(1667527680 + slot, %(account_id)s)) AS may_be_long
         OFFSET 0) AS attempt;

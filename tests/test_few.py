@@ -130,6 +130,8 @@ def test_without_the_index_answers_are_streamed(make_database: DatabaseMaker) ->
     client = database.client(database.account("alpha.example.com"))
     assert [call["xml_cdr_uuid"] for call in client.call_range("2026-02-03", "2026-02-03")] == [uuid]
     assert executed(database) == 0
+    with client.app.extensions["cdr_api"].calls.connection() as connection:
+        assert not connection.indexed
 
 
 def test_calls_of_many_bytes_are_streamed(database: Database, client: Client) -> None:

@@ -211,9 +211,13 @@ def test_closing_a_stream_cancels_the_query_and_keeps_the_connection(large: Data
     assert len(client.calls(limit=5)) == 5
 
 
-def test_the_transaction_is_read_only_and_at_one_snapshot(large: Database, token: str) -> None:
+@pytest.mark.parametrize(("alone", "others"), [(True, "0"), (False, "2")])
+def test_the_transaction_is_read_only_and_at_one_snapshot(
+    large: Database, token: str, *, alone: bool, others: str
+) -> None:
     app = large.app()
     values = {
+        "alone": alone,
         "statement_timeout": 5000,
         "enable_sort": "on",
         "time_zone": "Asia/Kolkata",
@@ -227,6 +231,7 @@ def test_the_transaction_is_read_only_and_at_one_snapshot(large: Database, token
             ("transaction_isolation", "repeatable read"),
             ("statement_timeout", "5s"),
             ("TimeZone", "Asia/Kolkata"),
+            ("max_parallel_workers_per_gather", others),
         ]:
             assert connection.execute(f"SHOW {name}").fetchone() == {name: value}
 
