@@ -22,7 +22,8 @@ from demo import DOMAINS, INDEX, NEWEST, RELEASES, add_calls, connect, create_da
 ROOT = Path(__file__).parent.parent
 
 CURL = """
-Ready at {url} (Ctrl-C stops it). In another terminal:
+Ready at {url} (Ctrl-C stops it). In a browser, with the account that is made below:
+{url}/api/usage shows a month, {url}/api/docs the routes. In another terminal:
 
 curl -s {url}/api/register -d name=Billing -d email=billing@example.com \\
   -d password=correct-horse-battery -d password_confirmation=correct-horse-battery
