@@ -24,8 +24,8 @@ Read this module from top to bottom; each part needs only those above it:
     Application      create_app
 
 A request walks one way: parameters, account and domain, one named statement,
-COPY stream, response. "FACTS" in a comment stands for what FusionPBX is known
-to store, collected in demo/README.md.
+COPY stream (or few calls at once), response. "FACTS" in a comment stands for
+what FusionPBX is known to store, collected in demo/README.md.
 """
 
 from __future__ import annotations
@@ -1527,11 +1527,11 @@ def find_marks(statement: str) -> frozenset[str]:
 def defuse(name: str) -> sql.Composable:
     """A column, its text such that no spreadsheet takes it for a formula."""
     if name not in STRINGS:
-        return take(name)
+        return keep(name)
     return STATEMENTS["defuse"].format(column=sql.Identifier("calls", name), name=sql.Identifier(name))
 
 
-def take(name: str) -> sql.Composable:
+def keep(name: str) -> sql.Composable:
     """A column as it is."""
     return sql.Identifier("calls", name)
 
@@ -1543,7 +1543,7 @@ def type_column(name: str) -> sql.Composable:
 
 
 @functools.lru_cache(maxsize=256)
-def compose_select(fields: tuple[str, ...], column: Callable[[str], sql.Composable] = take) -> str:
+def compose_select(fields: tuple[str, ...], column: Callable[[str], sql.Composable] = keep) -> str:
     """select_calls with its columns."""
     columns = sql.SQL(", ").join(map(column, fields))
     return STATEMENTS["select_calls"].format(columns=columns, matching_calls=STATEMENTS["matching_calls"]).as_string()
@@ -1555,7 +1555,7 @@ def compose_copy(kind: str, fields: tuple[str, ...], *, safe: bool = False) -> s
     strings = sql.SQL(", ").join(sql.Identifier(name) for name in fields if name in STRINGS)
     force_quote = sql.SQL(", FORCE_QUOTE ({})").format(strings) if strings.as_string() else sql.SQL("")
     statement = STATEMENTS["copy_csv" if kind == "csv" else "copy_json"]
-    query = sql.SQL(compose_select(fields, defuse if safe else take))
+    query = sql.SQL(compose_select(fields, defuse if safe else keep))
     return statement.format(query=query, force_quote=force_quote).as_string()
 
 
@@ -1656,7 +1656,7 @@ def answer_calls(values: Mapping[str, Any]) -> Response:
     key = None if values["after"] is None else read_cursor(purpose, "after", values["after"])
     parts = window.parts(key, values["limit"])
     headers = {}
-    if kind != "csv" and len(parts) == 1 and not window.may_be_undated:
+    if kind != "csv" and not window.may_be_undated:
         few = find_few(parts[0], values["fields"] or FIELDS)
         if few is not None and len(few) <= (values["limit"] or FEW):
             return answer_few(few, kind)
