@@ -290,8 +290,8 @@ CONNECTION_DEFAULTS = {
 PATIENCE = 10.0
 # How long a request waits for a server that is known to be away, in seconds.
 BRIEFLY = 0.1
-# After so many times psycopg would prepare a statement that it was not told to prepare.
-NEVER = 2**31
+# So many statements are prepared on a connection: each takes PostgreSQL half a megabyte.
+MOST_PREPARED = 10
 
 
 Connection = psycopg.Connection[dict[str, Any]]
@@ -306,7 +306,7 @@ class PatientConnection(Connection):
     patience = PATIENCE
     may_be_long = True  # whether the account has room for another long answer
     indexed = False  # whether an index brings a domain's calls in their order
-    # The names of the statements that find_few has prepared, by their texts; None: it must not.
+    # The EXECUTE of each statement that is prepared on it, by its text; None: there must be none.
     prepared: dict[str, str] | None = None
 
     def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
@@ -370,10 +370,7 @@ class Database:
         self.note(reachable=True)
         found = run(connection, "examine_session")[0]
         connection.indexed = found["indexed"]
-        if found["pid"] == connection.pgconn.backend_pid:
-            connection.prepare_threshold = NEVER
-            if connection.indexed and connection.pgconn.server_version >= 120000:  # the first with plan_cache_mode
-                connection.prepared = {}
+        connection.prepared = {} if found["pid"] == connection.pgconn.backend_pid else None
 
     @contextmanager
     def connection(self) -> Iterator[PatientConnection]:
@@ -421,9 +418,29 @@ class Database:
 
 
 def run(connection: Connection, statement: str, **values: Any) -> list[dict[str, Any]]:
-    """The rows of a statement of queries.sql on a connection in hand, which prepares it if it may."""
-    cursor = connection.execute(STATEMENTS[statement], values, prepare=True)
+    """The rows of a statement of queries.sql on a connection in hand."""
+    cursor = connection.execute(STATEMENTS[statement], values)
     return cursor.fetchall() if cursor.rownumber is not None else []
+
+
+def prepare(connection: PatientConnection, prepared: dict[str, str], query: str, values: Collection[str]) -> str:
+    """The EXECUTE, with marks for its values by name, of a query with $1, $2, … that is prepared then.
+
+    psycopg is not told: of its own prepared statements it leaves behind those that fail.
+    """
+    if query not in prepared:
+        if len(prepared) >= MOST_PREPARED:
+            oldest = next(iter(prepared))
+            connection.execute(STATEMENTS["deallocate"].format(name=name_prepared(oldest)))
+            del prepared[oldest]
+        connection.execute(STATEMENTS["prepare"].format(name=name_prepared(query), query=sql.SQL(query)))
+        marks = sql.SQL(", ").join(map(sql.Placeholder, values))
+        prepared[query] = STATEMENTS["execute"].format(name=name_prepared(query), values=marks).as_string()
+    return prepared[query]
+
+
+def name_prepared(query: str) -> sql.Identifier:
+    return sql.Identifier("cdr_api_" + hashlib.sha256(query.encode()).hexdigest()[:16])
 
 
 class Service:
@@ -868,16 +885,16 @@ class Account:
     """Who asks: the account of the presented token.
 
     With it, in one round trip, what read_domains wants to know of the domain
-    that the request names; zero and None if it names none.
+    that the request names.
     """
 
     account_id: int
     token_id: int
     all_domains: bool
-    domains: int
-    granted: int
-    domain_uuids: list[str] | None
-    other_uuids: list[str] | None
+    domains: int = 0
+    granted: int = 0
+    domain_uuids: list[str] | None = None
+    other_uuids: list[str] | None = None
 
 
 def digest_token(token: str) -> bytes:
@@ -887,10 +904,7 @@ def digest_token(token: str) -> bytes:
 @tokens.verify_token
 def verify_token(token: str) -> Account | None:
     """The account of a live token, or None."""
-    name = dict(read_pairs(request.query_string)).get("domain_name")
-    if name and "\0" in name:
-        name = None  # which will be refused
-    found = service().accounts.rows("authenticate", digest=digest_token(token), domain_name=name)
+    found = find_token(digest_token(token), dict(read_pairs(request.query_string)).get("domain_name", ""))
     if not found:
         if token:
             report_failure("token")
@@ -899,6 +913,28 @@ def verify_token(token: str) -> Account | None:
     if found[0].pop("stale"):
         touch_token(found[0]["token_id"])
     return Account(**found[0])
+
+
+def find_token(digest: bytes, domain_name: str) -> list[dict[str, Any]]:
+    """The row of a live token, or none; with that of a domain unless the name is empty."""
+    values = {"digest": digest, "domain_name": domain_name}
+    if not domain_name or "\0" in domain_name:  # which will be refused
+        values = {"digest": digest}
+    query = compose_authenticate(for_domain="domain_name" in values)
+    with service().accounts.connection() as connection:
+        if connection.prepared is None:
+            return connection.execute(bind(connection, query, values)).fetchall()
+        numbered = query % {name: f"${n}" for n, name in enumerate(values, 1)}
+        execute = prepare(connection, connection.prepared, numbered, values)
+        return connection.execute(bind(connection, execute, values)).fetchall()
+
+
+@functools.cache
+def compose_authenticate(*, for_domain: bool) -> str:
+    """The statement that find_token runs."""
+    if for_domain:
+        return STATEMENTS["authenticate_for_domain"].format(authenticate=STATEMENTS["authenticate"]).as_string()
+    return STATEMENTS["authenticate"].as_string()
 
 
 def touch_token(token_id: int) -> None:
@@ -1286,7 +1322,7 @@ def copy_batches(connection: PatientConnection, query: bytes) -> Iterator[list[m
         yield rows
 
 
-def end_transaction(connection: PatientConnection) -> None:
+def end_transaction(connection: Connection) -> None:
     """Makes a connection fit for the pool again: cancels what runs, rolls back."""
     pgconn = connection.pgconn
     try:
@@ -1297,16 +1333,8 @@ def end_transaction(connection: PatientConnection) -> None:
             connection.wait(generators.fetch_many(pgconn), timeout=5)
         if pgconn.transaction_status != pq.TransactionStatus.IDLE:
             connection.rollback()
-            forget_prepared(connection)  # as psycopg does then
     except psycopg.Error:
         connection.close()
-
-
-def forget_prepared(connection: PatientConnection) -> None:
-    """Takes back all that is prepared on a connection, psycopg's statements too."""
-    if connection.prepared:
-        connection.execute("DEALLOCATE ALL")
-        connection.prepared.clear()
 
 
 class Reader:
@@ -1538,6 +1566,8 @@ def keep(name: str) -> sql.Composable:
 
 def type_column(name: str) -> sql.Composable:
     """A column of the type that it has in JSON."""
+    if name == "leg":  # char(1), of which a cast would take the blank
+        return keep(name)
     kind = "text" if name in STRINGS else "boolean" if name in BOOLEANS else "numeric"
     return sql.SQL("calls.{0}::{1} AS {0}").format(sql.Identifier(name), sql.SQL(kind))
 
@@ -1673,8 +1703,10 @@ def answer_calls(values: Mapping[str, Any]) -> Response:
 FEW = 20
 # And no more bytes: the system takes them off our hands at once, however slow the client is.
 FEW_BYTES = 64 * 1024
-# For so many kinds of requests a connection has a statement prepared, which takes PostgreSQL memory.
-MOST_PREPARED = 8
+# What takes longer is not going to be few.
+FEW_MILLISECONDS = 250
+# Values that stand in the text of select_few, as do NULL, true and false: its plan depends on them.
+PLANNED = ("by", "part", "limit", "offset")
 
 
 @functools.lru_cache(maxsize=256)
@@ -1686,51 +1718,41 @@ def compose_few(fields: tuple[str, ...], fixed: tuple[tuple[str, Any], ...], giv
     return STATEMENTS["select_few"].format(query=query).as_string() % values
 
 
-def prepare_few(
+def execute_few(
     connection: PatientConnection, prepared: dict[str, str], fields: tuple[str, ...], values: Mapping[str, Any]
-) -> str:
-    """execute_few for the statement of a request, which the connection has prepared then."""
-    given = tuple(
-        name for name, value in values.items() if isinstance(value, str | list) and name not in ("by", "part")
-    )
-    query = compose_few(fields, tuple((name, values[name]) for name in values if name not in given), given)
-    if query not in prepared:
-        if len(prepared) == MOST_PREPARED:
-            forget_prepared(connection)
-        name = sql.Identifier(f"few_{len(prepared)}")
-        connection.execute(sql.SQL("PREPARE {} AS {}").format(name, sql.SQL(query)))
-        marks = sql.SQL(", ").join(map(sql.Placeholder, given))
-        prepared[query] = STATEMENTS["execute_few"].format(name=name, values=marks).as_string()
-    return prepared[query]
+) -> pq.abc.PGresult:
+    """The rows of select_few, in one round trip and without planning anew; psycopg.Error if that fails."""
+    fixed = {
+        name: value for name, value in values.items() if name in PLANNED or value is None or isinstance(value, bool)
+    }
+    given = tuple(name for name in values if name not in fixed)
+    execute = prepare(connection, prepared, compose_few(fields, tuple(fixed.items()), given), given)
+    run_few = STATEMENTS["run_few"].format(begin=STATEMENTS["begin_read"], execute=sql.SQL(execute)).as_string()
+    timeout = min(FEW_MILLISECONDS, service().settings.statement_timeout)
+    connection.pgconn.send_query(bind(connection, run_few, {**values, **begin_values(sort=False), "timeout": timeout}))
+    results: list[pq.abc.PGresult] = connection.wait(generators.execute(connection.pgconn))
+    check_results(results)
+    return results[-2]  # before that of COMMIT
 
 
 def find_few(values: Mapping[str, Any], fields: tuple[str, ...]) -> list[bytes] | None:
     """The calls of a request, each as JSON; None if they are not few, or that does not come to light at once.
 
-    In one round trip, and without parsing and planning anew. What stands in its
-    way is left to the stream, which makes an answer of it, or the right error.
+    What stands in its way is left to the stream, which makes an answer of it, or the right error.
     """
-    settings = service().settings
     with service().calls.connection() as connection:
-        if connection.prepared is None:
+        # The first PostgreSQL with plan_cache_mode is 12.
+        if connection.prepared is None or not connection.indexed or connection.pgconn.server_version < 120000:
             return None
-        connection.patience = settings.statement_timeout / 1000 + PATIENCE
+        connection.patience = service().settings.statement_timeout / 1000 + PATIENCE
         try:
-            execute = prepare_few(connection, connection.prepared, fields, {**values, "limit": FEW + 1})
-            begin = STATEMENTS["begin_read"].as_string()
-            values = {**values, **begin_values(sort=False), "few_timeout": min(1000, settings.statement_timeout)}
-            connection.pgconn.send_query(bind(connection, f"{begin};{execute}", values))
-            results = connection.wait(generators.execute(connection.pgconn))
-            check_results(results)
-        except psycopg.Error as error:
+            rows = execute_few(connection, connection.prepared, fields, {**values, "limit": FEW + 1})
+        except psycopg.Error:
             if connection.closed:
                 raise
-            if not isinstance(error, psycopg.errors.QueryCanceled):
-                connection.prepared = None
             return None
-        rows = results[-2]
         calls = [rows.get_value(row, 0) or b"" for row in range(rows.ntuples)]
-        return calls if len(calls) <= FEW and sum(map(len, calls)) <= FEW_BYTES else None
+    return calls if len(calls) <= FEW and sum(map(len, calls)) <= FEW_BYTES else None
 
 
 def answer_few(calls: list[bytes], kind: str) -> Response:
@@ -1942,7 +1964,7 @@ def find_horizon() -> int:
     with service().calls.connection() as connection:
         found = run(connection, "find_horizon")[0]
         if not found["durable"]:
-            connection.execute(STATEMENTS["flush_wal"])
+            run(connection, "flush_wal")
     return int(found["horizon"])
 
 

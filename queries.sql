@@ -55,13 +55,23 @@ SELECT {columns}
 -- calls, to parse and plan all the columns takes longest of all.
 SELECT row_to_json(call)::text FROM ({query}) AS call;
 
--- name: execute_few
--- What follows begin_read when {name} is prepared from select_few. It is planned
--- once, for all values, and given up where it turns out not to be quick.
+-- name: run_few
+-- A transaction like that of {begin}, for the EXECUTE of a prepared select_few. That
+-- is planned once, for all values, and given up where it turns out not to be quick.
+{begin};
 SET LOCAL plan_cache_mode = force_generic_plan;
-SET LOCAL statement_timeout = %(few_timeout)s;
-EXECUTE {name} ({values});
+SET LOCAL statement_timeout = %(timeout)s;
+{execute};
 COMMIT;
+
+-- name: prepare
+PREPARE {name} AS {query};
+
+-- name: execute
+EXECUTE {name} ({values});
+
+-- name: deallocate
+DEALLOCATE {name};
 
 -- name: matching_calls
 -- No statement but what all that read calls read from: one row is one call (one
@@ -106,50 +116,50 @@ COMMIT;
               domain_uuid, extension_uuid, sip_call_id, domain_name, accountcode, direction,
               default_language, context, caller_id_name, caller_id_number, caller_destination,
               source_number, destination_number,
-              CASE WHEN scale(start_epoch) = 0 THEN start_epoch
-                   WHEN scale(start_epoch) > 0 THEN trunc(start_epoch) END AS start_epoch,
+              CASE WHEN scale(start_epoch::numeric) = 0 THEN start_epoch
+                   WHEN scale(start_epoch::numeric) > 0 THEN trunc(start_epoch) END AS start_epoch,
               to_jsonb(start_stamp::timestamptz) #>> '{}' AS start_stamp,
-              CASE WHEN answer_stamp::timestamptz > '1970-01-02'
+              CASE WHEN answer_stamp::timestamptz > '1970-01-02 00:00+00'
                    THEN to_jsonb(answer_stamp::timestamptz) #>> '{}' END AS answer_stamp,
-              CASE WHEN scale(answer_epoch) = 0 THEN answer_epoch
-                   WHEN scale(answer_epoch) > 0 THEN trunc(answer_epoch) END AS answer_epoch,
-              CASE WHEN scale(end_epoch) = 0 THEN end_epoch
-                   WHEN scale(end_epoch) > 0 THEN trunc(end_epoch) END AS end_epoch,
+              CASE WHEN scale(answer_epoch::numeric) = 0 THEN answer_epoch
+                   WHEN scale(answer_epoch::numeric) > 0 THEN trunc(answer_epoch) END AS answer_epoch,
+              CASE WHEN scale(end_epoch::numeric) = 0 THEN end_epoch
+                   WHEN scale(end_epoch::numeric) > 0 THEN trunc(end_epoch) END AS end_epoch,
               CASE WHEN end_stamp > '04713-01-01 BC'
                    THEN to_jsonb(end_stamp::timestamptz) #>> '{}' END AS end_stamp,
               CASE WHEN duration IS NULL THEN 0
-                   WHEN scale(duration) = 0 THEN duration
-                   WHEN scale(duration) > 0 THEN round(duration) END AS duration,
+                   WHEN scale(duration::numeric) = 0 THEN duration
+                   WHEN scale(duration::numeric) > 0 THEN round(duration) END AS duration,
               CASE WHEN mduration IS NULL THEN 0
-                   WHEN scale(mduration) = 0 THEN mduration
-                   WHEN scale(mduration) > 0 THEN round(mduration) END AS mduration,
+                   WHEN scale(mduration::numeric) = 0 THEN mduration
+                   WHEN scale(mduration::numeric) > 0 THEN round(mduration) END AS mduration,
               CASE WHEN billsec IS NULL THEN 0
-                   WHEN scale(billsec) = 0 THEN billsec
-                   WHEN scale(billsec) > 0 THEN round(billsec) END AS billsec,
+                   WHEN scale(billsec::numeric) = 0 THEN billsec
+                   WHEN scale(billsec::numeric) > 0 THEN round(billsec) END AS billsec,
               CASE WHEN billmsec IS NULL THEN 0
-                   WHEN scale(billmsec) = 0 THEN billmsec
-                   WHEN scale(billmsec) > 0 THEN round(billmsec) END AS billmsec,
+                   WHEN scale(billmsec::numeric) = 0 THEN billmsec
+                   WHEN scale(billmsec::numeric) > 0 THEN round(billmsec) END AS billmsec,
               bridge_uuid, read_codec, read_rate, write_codec, write_rate, remote_media_ip,
               network_addr, record_path, record_name, leg, originating_leg_uuid,
-              CASE WHEN scale(pdd_ms) = 0 THEN pdd_ms
-                   WHEN scale(pdd_ms) > 0 THEN round(pdd_ms) END AS pdd_ms,
-              CASE WHEN scale(rtp_audio_in_mos) >= 0 THEN rtp_audio_in_mos END AS rtp_audio_in_mos,
+              CASE WHEN scale(pdd_ms::numeric) = 0 THEN pdd_ms
+                   WHEN scale(pdd_ms::numeric) > 0 THEN round(pdd_ms) END AS pdd_ms,
+              CASE WHEN scale(rtp_audio_in_mos::numeric) >= 0 THEN rtp_audio_in_mos END AS rtp_audio_in_mos,
               last_app, last_arg,
               voicemail_message::text AS voicemail_message, missed_call::text AS missed_call,
               call_center_queue_uuid, cc_side, cc_member_uuid,
               CASE WHEN cc_queue_joined_epoch::text NOT IN ('NaN', 'Infinity', '-Infinity')
                    THEN split_part(cc_queue_joined_epoch::text, '.', 1) END AS cc_queue_joined_epoch,
               cc_queue, cc_member_session_uuid, cc_agent_uuid, cc_agent, cc_agent_type, cc_agent_bridged,
-              CASE WHEN scale(cc_queue_answered_epoch) >= 0 THEN trunc(cc_queue_answered_epoch) END AS cc_queue_answered_epoch,
-              CASE WHEN scale(cc_queue_terminated_epoch) >= 0 THEN trunc(cc_queue_terminated_epoch) END AS cc_queue_terminated_epoch,
-              CASE WHEN scale(cc_queue_canceled_epoch) >= 0 THEN trunc(cc_queue_canceled_epoch) END AS cc_queue_canceled_epoch,
+              CASE WHEN scale(cc_queue_answered_epoch::numeric) >= 0 THEN trunc(cc_queue_answered_epoch) END AS cc_queue_answered_epoch,
+              CASE WHEN scale(cc_queue_terminated_epoch::numeric) >= 0 THEN trunc(cc_queue_terminated_epoch) END AS cc_queue_terminated_epoch,
+              CASE WHEN scale(cc_queue_canceled_epoch::numeric) >= 0 THEN trunc(cc_queue_canceled_epoch) END AS cc_queue_canceled_epoch,
               cc_cancel_reason, cc_cause,
-              CASE WHEN scale(waitsec) = 0 THEN waitsec
-                   WHEN scale(waitsec) > 0 THEN round(waitsec) END AS waitsec,
+              CASE WHEN scale(waitsec::numeric) = 0 THEN waitsec
+                   WHEN scale(waitsec::numeric) > 0 THEN round(waitsec) END AS waitsec,
               conference_name, conference_uuid, conference_member_id, digits_dialed, pin_number,
               hangup_cause,
-              CASE WHEN scale(hangup_cause_q850) = 0 THEN hangup_cause_q850
-                   WHEN scale(hangup_cause_q850) > 0 THEN trunc(hangup_cause_q850) END AS hangup_cause_q850,
+              CASE WHEN scale(hangup_cause_q850::numeric) = 0 THEN hangup_cause_q850
+                   WHEN scale(hangup_cause_q850::numeric) > 0 THEN trunc(hangup_cause_q850) END AS hangup_cause_q850,
               sip_hangup_disposition, xml,
               start_stamp::timestamptz AS start_at, end_stamp::timestamptz AS end_at
          FROM v_xml_cdr AS cdr
@@ -426,14 +436,20 @@ DELETE FROM cdr_api.tokens
 -- name: authenticate
 -- The live token of a digest with its account, or no row. stale: its last use
 -- was not written down for an hour.
--- domain_name is the domain that the request is about, or NULL: how many domains
--- bear the name (FusionPBX does not keep it unique), how many of them are granted
--- to the account, their uuids and all others'.
 SELECT t.token_id, t.account_id, a.all_domains,
-       coalesce(t.last_used_at < now() - interval '1 hour', true) AS stale,
-       named.domains, named.granted, named.domain_uuids, named.other_uuids
+       coalesce(t.last_used_at < now() - interval '1 hour', true) AS stale
   FROM cdr_api.tokens AS t
   JOIN cdr_api.accounts AS a USING (account_id)
+ WHERE t.digest = %(digest)s
+   AND a.disabled_at IS NULL
+   AND (t.expires_at IS NULL OR t.expires_at > now());
+
+-- name: authenticate_for_domain
+-- The row of {authenticate}, and how many domains bear the name (FusionPBX does
+-- not keep it unique), how many of them are granted to the account, their uuids
+-- and all others'.
+SELECT token.*, named.domains, named.granted, named.domain_uuids, named.other_uuids
+  FROM ({authenticate}) AS token
  CROSS JOIN LATERAL (
        SELECT count(*) FILTER (WHERE d.domain_name = %(domain_name)s) AS domains,
               count(g.domain_uuid) FILTER (WHERE d.domain_name = %(domain_name)s) AS granted,
@@ -441,11 +457,7 @@ SELECT t.token_id, t.account_id, a.all_domains,
               array_agg(d.domain_uuid::text) FILTER (WHERE d.domain_name IS DISTINCT FROM %(domain_name)s) AS other_uuids
          FROM v_domains AS d
          LEFT JOIN cdr_api.grants AS g
-           ON g.domain_uuid = d.domain_uuid AND g.account_id = t.account_id
-        WHERE %(domain_name)s::text IS NOT NULL) AS named
- WHERE t.digest = %(digest)s
-   AND a.disabled_at IS NULL
-   AND (t.expires_at IS NULL OR t.expires_at > now());
+           ON g.domain_uuid = d.domain_uuid AND g.account_id = token.account_id) AS named;
 
 -- name: touch_token
 UPDATE cdr_api.tokens SET last_used_at = now() WHERE token_id = %(token_id)s;
