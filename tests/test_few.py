@@ -99,6 +99,17 @@ def test_few_calls_are_those_of_the_stream(database: Database, client: Client, r
     assert few == stream
 
 
+@pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/New_York"])
+def test_few_calls_are_those_of_the_stream_in_every_zone(database: Database, zone: str) -> None:
+    """A statement is prepared in the zone of the session, and run in that of the service."""
+    for stamp in ("1970-01-01 00:00+00", "1970-01-01 20:00+00", "1970-01-02 01:00+00", "2026-02-03 09:59:59.5+00"):
+        database.insert_call(answer_stamp=stamp, start_stamp=stamp)
+    client = database.client(database.account("alpha.example.com"), database.app(CDR_API_TIMEZONE=zone))
+    few, stream = range_and_calls(client)
+    assert few == stream
+    assert [call["answer_stamp"] is None for call in json.loads(few)] == [True, True, False, False]
+
+
 @pytest.mark.parametrize("calls", [0, 1, cdr_api.FEW, cdr_api.FEW + 1])
 @pytest.mark.parametrize("limit", [None, 1, cdr_api.FEW - 1, cdr_api.FEW, cdr_api.FEW + 1])
 def test_pages_meet_every_call_once(database: Database, client: Client, calls: int, limit: int | None) -> None:
@@ -188,6 +199,7 @@ def test_a_download_that_is_given_up_leaves_nothing_amiss(database: Database, cl
         next(response.iter_encoded())
         response.close()
         read_in_many_orders(client, uuid)
+        assert prepared(client) == cdr_api.MOST_PREPARED - 1
         assert client.get("/api/domains").status_code == 200
 
 
@@ -221,6 +233,7 @@ CHANGES = [
     "ALTER TABLE v_xml_cdr DROP COLUMN sip_call_id",
     "ALTER TABLE v_xml_cdr ADD COLUMN sip_call_id text DEFAULT 'a'",
     "ALTER TABLE v_xml_cdr ALTER COLUMN billsec TYPE bigint",
+    "ALTER TABLE v_xml_cdr ALTER COLUMN mduration TYPE double precision",
     "ALTER TABLE v_xml_cdr ALTER COLUMN hangup_cause TYPE varchar(40)",
     "ALTER TABLE v_xml_cdr ALTER COLUMN leg TYPE char(1)",
     "ALTER TABLE v_xml_cdr ALTER COLUMN domain_name TYPE varchar(200)",
