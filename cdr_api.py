@@ -306,7 +306,7 @@ class PatientConnection(Connection):
     patience = PATIENCE
     may_be_long = True  # whether the account has room for another long answer
     indexed = False  # whether an index brings a domain's calls in their order
-    # The EXECUTE of each statement that is prepared on it, by its text; None: there must be none.
+    # The name of each statement that is prepared on it, by its text; None: there must be none.
     prepared: dict[str, str] | None = None
 
     def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
@@ -423,24 +423,26 @@ def run(connection: Connection, statement: str, **values: Any) -> list[dict[str,
     return cursor.fetchall() if cursor.rownumber is not None else []
 
 
-def prepare(connection: PatientConnection, prepared: dict[str, str], query: str, values: Collection[str]) -> str:
-    """The EXECUTE, with marks for its values by name, of a query with $1, $2, … that is prepared then.
+def prepare(connection: PatientConnection, prepared: dict[str, str], query: str) -> str:
+    """The name of a query with $1, $2, … that the connection has prepared then.
 
     psycopg is not told: of its own prepared statements it leaves behind those that fail.
     """
     if query not in prepared:
         if len(prepared) >= MOST_PREPARED:
             oldest = next(iter(prepared))
-            connection.execute(STATEMENTS["deallocate"].format(name=name_prepared(oldest)))
+            connection.execute(STATEMENTS["deallocate"].format(name=sql.Identifier(prepared[oldest])))
             del prepared[oldest]
-        connection.execute(STATEMENTS["prepare"].format(name=name_prepared(query), query=sql.SQL(query)))
-        marks = sql.SQL(", ").join(map(sql.Placeholder, values))
-        prepared[query] = STATEMENTS["execute"].format(name=name_prepared(query), values=marks).as_string()
+        name = "cdr_api_" + hashlib.sha256(query.encode()).hexdigest()[:16]
+        connection.execute(STATEMENTS["prepare"].format(name=sql.Identifier(name), query=sql.SQL(query)))
+        prepared[query] = name
     return prepared[query]
 
 
-def name_prepared(query: str) -> sql.Identifier:
-    return sql.Identifier("cdr_api_" + hashlib.sha256(query.encode()).hexdigest()[:16])
+def number_marks(query: str, names: Iterable[str], fixed: Mapping[str, str] | None = None) -> str:
+    """A query with $1, $2, … for its parameters, but for those whose text is fixed."""
+    numbers = {name: f"${n}" for n, name in enumerate(names, 1)}
+    return str(query % {**numbers, **(fixed or {})})
 
 
 class Service:
@@ -909,32 +911,36 @@ def verify_token(token: str) -> Account | None:
         if token:
             report_failure("token")
         return None
-    record().account_id = found[0]["account_id"]
-    if found[0].pop("stale"):
-        touch_token(found[0]["token_id"])
-    return Account(**found[0])
+    record().account_id = found["account_id"]
+    if found.pop("stale"):
+        touch_token(found["token_id"])
+    return Account(**found)
 
 
-def find_token(digest: bytes, domain_name: str) -> list[dict[str, Any]]:
-    """The row of a live token, or none; with that of a domain unless the name is empty."""
-    values = {"digest": digest, "domain_name": domain_name}
-    if not domain_name or "\0" in domain_name:  # which will be refused
-        values = {"digest": digest}
+def find_token(digest: bytes, domain_name: str) -> dict[str, Any] | None:
+    """What is known of a live token; and of a domain, unless the name is empty."""
+    values = {"digest": b"\\x" + digest.hex().encode()}
+    if domain_name and "\0" not in domain_name:  # else it will be refused
+        values["domain_name"] = domain_name.encode()
     query = compose_authenticate(for_domain="domain_name" in values)
     with service().accounts.connection() as connection:
         if connection.prepared is None:
-            return connection.execute(bind(connection, query, values)).fetchall()
-        numbered = query % {name: f"${n}" for n, name in enumerate(values, 1)}
-        execute = prepare(connection, connection.prepared, numbered, values)
-        return connection.execute(bind(connection, execute, values)).fetchall()
+            row = connection.execute(query, {"digest": digest, "domain_name": domain_name}).fetchone()
+            return json.loads(row["found"]) if row else None
+        # Not by EXECUTE, to which a table that was being rewritten would look empty.
+        name = prepare(connection, connection.prepared, number_marks(query, values))
+        connection.pgconn.send_query_prepared(name.encode(), list(values.values()))
+        result = check_results(connection.wait(generators.execute(connection.pgconn)))
+        return json.loads(result.get_value(0, 0) or b"null") if result.ntuples else None
 
 
 @functools.cache
 def compose_authenticate(*, for_domain: bool) -> str:
     """The statement that find_token runs."""
+    query: sql.Composable = STATEMENTS["authenticate"]
     if for_domain:
-        return STATEMENTS["authenticate_for_domain"].format(authenticate=STATEMENTS["authenticate"]).as_string()
-    return STATEMENTS["authenticate"].as_string()
+        query = STATEMENTS["authenticate_for_domain"].format(authenticate=query)
+    return STATEMENTS["as_json"].format(query=query).as_string()
 
 
 def touch_token(token_id: int) -> None:
@@ -1705,34 +1711,40 @@ FEW = 20
 FEW_BYTES = 64 * 1024
 # What takes longer is not going to be few.
 FEW_MILLISECONDS = 250
-# Values that stand in the text of select_few, as do NULL, true and false: its plan depends on them.
+# Values that stand in the text of compose_few, as do NULL, true and false: its plan depends on them.
 PLANNED = ("by", "part", "limit", "offset")
 
 
 @functools.lru_cache(maxsize=256)
 def compose_few(fields: tuple[str, ...], fixed: tuple[tuple[str, Any], ...], given: tuple[str, ...]) -> str:
-    """select_few with the values that its plan depends on in it, and $1, $2, … for the others."""
-    values = {name: sql.Literal(value).as_string() for name, value in fixed}
-    values |= {name: f"${n}" for n, name in enumerate(given, 1)}
-    query = sql.SQL(compose_select(fields, type_column))
-    return STATEMENTS["select_few"].format(query=query).as_string() % values
+    """Calls as_json, with the values that the plan depends on in it, and $1, $2, … for the others."""
+    query = STATEMENTS["as_json"].format(query=sql.SQL(compose_select(fields, type_column))).as_string()
+    return number_marks(query, given, {name: sql.Literal(value).as_string() for name, value in fixed})
 
 
 def execute_few(
     connection: PatientConnection, prepared: dict[str, str], fields: tuple[str, ...], values: Mapping[str, Any]
 ) -> pq.abc.PGresult:
-    """The rows of select_few, in one round trip and without planning anew; psycopg.Error if that fails."""
+    """The rows of compose_few, in one round trip and without planning anew; psycopg.Error if that fails."""
     fixed = {
         name: value for name, value in values.items() if name in PLANNED or value is None or isinstance(value, bool)
     }
     given = tuple(name for name in values if name not in fixed)
-    execute = prepare(connection, prepared, compose_few(fields, tuple(fixed.items()), given), given)
-    run_few = STATEMENTS["run_few"].format(begin=STATEMENTS["begin_read"], execute=sql.SQL(execute)).as_string()
+    name = prepare(connection, prepared, compose_few(fields, tuple(fixed.items()), given))
     timeout = min(FEW_MILLISECONDS, service().settings.statement_timeout)
-    connection.pgconn.send_query(bind(connection, run_few, {**values, **begin_values(sort=False), "timeout": timeout}))
+    values = {**values, **begin_values(sort=False), "timeout": timeout}
+    connection.pgconn.send_query(bind(connection, compose_run_few(name, given), values))
     results: list[pq.abc.PGresult] = connection.wait(generators.execute(connection.pgconn))
     check_results(results)
     return results[-2]  # before that of COMMIT
+
+
+@functools.lru_cache(maxsize=256)
+def compose_run_few(name: str, given: tuple[str, ...]) -> str:
+    """run_few for a prepared statement."""
+    marks = sql.SQL(", ").join(map(sql.Placeholder, given))
+    execute = STATEMENTS["execute"].format(name=sql.Identifier(name), values=marks)
+    return STATEMENTS["run_few"].format(begin=STATEMENTS["begin_read"], execute=execute).as_string()
 
 
 def find_few(values: Mapping[str, Any], fields: tuple[str, ...]) -> list[bytes] | None:

@@ -49,15 +49,17 @@ SELECT {columns}
  ORDER BY CASE WHEN %(part)s = 'dated' THEN calls.end_at END, calls.xml_cdr_uuid
  LIMIT %(limit)s OFFSET %(offset)s;
 
--- name: select_few
--- One row is a call as JSON, in the order of select_calls, which is {query}. To make
--- JSON here takes four times as long as COPY, but this can be prepared: for few
--- calls, to parse and plan all the columns takes longest of all.
-SELECT row_to_json(call)::text FROM ({query}) AS call;
+-- name: as_json
+-- A row of {query} is a row here, in one column of JSON. For calls that takes four
+-- times as long as COPY does, but unlike COPY this can be prepared: of few calls, to
+-- parse and plan all the columns takes longest.
+SELECT row_to_json(found)::text AS found FROM ({query}) AS found;
 
 -- name: run_few
--- A transaction like that of {begin}, for the EXECUTE of a prepared select_few. That
--- is planned once, for all values, and given up where it turns out not to be quick.
+-- A transaction like that of {begin}, for the EXECUTE of calls as_json. That is
+-- planned once, for all values, and given up where it turns out not to be quick.
+-- EXECUTE sees a snapshot that is older than its own locks: without the LOCK before
+-- it, a table that was being rewritten would look empty.
 {begin};
 SET LOCAL plan_cache_mode = force_generic_plan;
 SET LOCAL statement_timeout = %(timeout)s;
