@@ -570,28 +570,35 @@ def run(server: PostgresServer, options: argparse.Namespace) -> Iterator[str]:
     yield f"### Requests for one call\n\n{show_load(rates)}"
 
 
-def read_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measures the service; see bench/README.md.")
+def read_options(name: str, rows: int, least: int, quick: int, flag: tuple[str, str]) -> argparse.Namespace:
+    """The options of a benchmark: how many calls by itself, at least and with --quick; its own flag and its help."""
+    parser = argparse.ArgumentParser(prog=name, description="Measures the service; see bench/README.md.")
     parser.add_argument("--runs", type=int, default=5, help="turns of each contestant, whose median counts (5)")
-    parser.add_argument("--rows", type=int, default=500_000, help="calls in the database, 1,000 at least (500000)")
+    parser.add_argument("--rows", type=int, default=rows, help=f"calls in the database, {least:,} at least ({rows})")
     parser.add_argument("--keep-data", type=Path, default=ROOT / ".demo/bench", metavar="FOLDER", help="(.demo/bench)")
-    parser.add_argument("--quick", action="store_true", help="2 runs, and 50,000 calls at most")
-    parser.add_argument("--all", action="store_true", help=f"let {PEER} answer more than {PEER_ROWS:,} rows too")
+    parser.add_argument("--quick", action="store_true", help=f"2 runs, and {quick:,} calls at most")
+    parser.add_argument(flag[0], action="store_true", help=flag[1])
     options = parser.parse_args()
     if options.quick:
-        options.runs, options.rows = 2, min(options.rows, 50_000)
-    if options.runs < 1 or options.rows < 1_000:
-        parser.error("at least 1 run and 1000 rows")
+        options.runs, options.rows = 2, min(options.rows, quick)
+    if options.runs < 1 or options.rows < least:
+        parser.error(f"at least 1 run and {least} rows")
     return options
 
 
-def main() -> None:
-    options = read_options()
+def open_server(options: argparse.Namespace) -> PostgresServer:
+    """The database server of a benchmark, which from here on may be told to stop."""
     if not shutil.which("curl"):
         sys.exit("curl is needed")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    return demo.start_server(options.keep_data)
+
+
+def main() -> None:
+    own = ("--all", f"let {PEER} answer more than {PEER_ROWS:,} rows too")
+    options = read_options("python -m bench", 500_000, 1_000, 50_000, own)
     try:
-        server = demo.start_server(options.keep_data)
+        server = open_server(options)
         parts = []
         for part in run(server, options):
             print(part, flush=True)

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -27,7 +25,6 @@ from bench.__main__ import (
     CEILING,
     CONNECTIONS,
     PEER,
-    ROOT,
     Ceiling,
     Page,
     Range,
@@ -38,6 +35,8 @@ from bench.__main__ import (
     find_range,
     forget_peak,
     load,
+    open_server,
+    read_options,
     register,
     serve,
     set_index,
@@ -276,7 +275,7 @@ def run(server: PostgresServer, options: argparse.Namespace) -> Result:
         rivals = enter_own(stack, variables)
         rivals += enter_others(stack, variables, rivals[0].page.token)
         admit(rivals, find_range(server, name, SAMPLE), one)
-        rates = measure_rates(rivals, one, min(options.runs, 3), options.load_seconds)
+        rates = measure_rates(rivals, one, min(options.runs, 3), 1 if options.quick else 5)
         scores = measure_sizes(Ceiling(variables["BENCH_DSN"]), rivals, ranges, options.runs)
     stopped = {rival.name: rival.stopped for rival in rivals if rival.stopped}
     return Result([wanted.rows for wanted in ranges], scores, rates, stopped)
@@ -292,29 +291,11 @@ def compose(machine: str, loads: str, result: Result, options: argparse.Namespac
     return "\n".join(parts if find_php() else [*parts, f"{NO_PHP}\n"])
 
 
-def read_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.peers", description="Measures peers; see bench/README.md.")
-    parser.add_argument("--runs", type=int, default=5, help="turns of each contestant, whose median counts (5)")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="calls in the database, 2,000 at least (1000000)")
-    parser.add_argument("--keep-data", type=Path, default=ROOT / ".demo/bench", metavar="FOLDER", help="(.demo/bench)")
-    parser.add_argument("--quick", action="store_true", help="2 runs, and 20,000 calls at most")
-    parser.add_argument("--dry", action="store_true", help="leave README.md and the plot as they are")
-    options = parser.parse_args()
-    options.load_seconds = 1 if options.quick else 5
-    if options.quick:
-        options.runs, options.rows = 2, min(options.rows, 20_000)
-    if options.runs < 1 or options.rows < SAMPLE * 2:
-        parser.error("at least 1 run and 2000 rows")
-    return options
-
-
 def main() -> None:
-    options = read_options()
-    if not shutil.which("curl"):
-        sys.exit("curl is needed")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    own = ("--dry", "leave README.md and the plot as they are")
+    options = read_options("python -m bench.peers", 1_000_000, SAMPLE * 2, 20_000, own)
     try:
-        server = demo.start_server(options.keep_data)
+        server = open_server(options)
         before = os.getloadavg()[0]
         result = run(server, options)
         loads = f"The machine's load before the run was {before:.1f}."
