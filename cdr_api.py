@@ -56,7 +56,7 @@ from uuid import UUID, uuid4
 
 import itsdangerous
 import psycopg
-from flask import Blueprint, Flask, Response, current_app, request
+from flask import Blueprint, Flask, Response, current_app, g, request
 from flask_httpauth import HTTPTokenAuth
 from gunicorn.http.errors import ParseException
 from psycopg import conninfo, generators, pq, sql
@@ -637,6 +637,14 @@ def read_pairs(query: bytes) -> list[tuple[str, str]]:
         raise ApiError(422, "There are too many parameters.") from None
 
 
+def query_pairs() -> list[tuple[str, str]]:
+    """Those of the request's query string, which several ask for."""
+    if "query_pairs" not in g:
+        g.query_pairs = read_pairs(request.query_string)
+    found: list[tuple[str, str]] = g.query_pairs
+    return found
+
+
 def read_body() -> list[tuple[str, Any]]:
     """The pairs of a JSON object or a form; 400, 415 or 422 for anything else."""
     try:
@@ -724,12 +732,12 @@ def parse_pairs(pairs: Iterable[tuple[str, Any]], parsers: Parsers, required: Co
 
 
 def read_query(parsers: Parsers, required: Collection[str] = ()) -> dict[str, Any]:
-    return parse_pairs(read_pairs(request.query_string), parsers, required)
+    return parse_pairs(query_pairs(), parsers, required)
 
 
 def refuse_secrets_in_query() -> None:
     """Before every request: a query string ends up in logs and histories."""
-    for name, _ in read_pairs(request.query_string):
+    for name, _ in query_pairs():
         if name.lower() in SECRETS_IN_QUERY:
             where = "the body of a POST" if name.lower().startswith("password") else "the header Authorization: Bearer"
             refuse(name, f"must not stand in the URL, which proxies and servers log; it belongs in {where}")
@@ -906,7 +914,7 @@ def digest_token(token: str) -> bytes:
 @tokens.verify_token
 def verify_token(token: str) -> Account | None:
     """The account of a live token, or None."""
-    found = find_token(digest_token(token), dict(read_pairs(request.query_string)).get("domain_name", ""))
+    found = find_token(digest_token(token), dict(query_pairs()).get("domain_name", ""))
     if not found:
         if token:
             report_failure("token")
@@ -1196,7 +1204,7 @@ def login() -> dict[str, Any]:
 @api.post("/logout")
 @tokens.login_required
 def logout() -> dict[str, Any]:
-    pairs: list[tuple[str, Any]] = [*read_pairs(request.query_string), *read_body()]
+    pairs: list[tuple[str, Any]] = [*query_pairs(), *read_body()]
     everywhere = parse_pairs(pairs, {"all": parse_flag}, ())["all"]
     account = current_account()
     if everywhere:
@@ -1844,7 +1852,7 @@ def next_url(parameter: str, cursor: str) -> str:
     A trusted proxy says by X-Forwarded-Prefix what its public path is for /api.
     """
     superseded = ("cursor", "from") if parameter == "cursor" else (parameter,)
-    kept = [pair for pair in read_pairs(request.query_string) if pair[0] not in superseded]
+    kept = [pair for pair in query_pairs() if pair[0] not in superseded]
     path = request.script_root + request.path.removeprefix("/api") if request.script_root else request.path
     origin = f"{request.scheme}://{request.host}" if request.host else ""
     return f"{origin}{quote(path)}?{urlencode([*kept, (parameter, cursor)])}"

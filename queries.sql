@@ -5,8 +5,7 @@
 -- in a comment. A name in braces, {columns}, is put in by cdr_api.py from its
 -- own closed lists, never from a request. v_xml_cdr and v_domains are
 -- FusionPBX's tables, found by search_path; the side tables of schema.sql are
--- always written with their schema, cdr_api. What comes from a column of
--- FusionPBX is cast: the types that a prepared statement gives must not change.
+-- always written with their schema, cdr_api.
 
 
 -- Calls ----------------------------------------------------------------------
@@ -377,7 +376,7 @@ SELECT trim('"' FROM to_json(%(from)s::timestamptz + i * %(step)s * interval '1 
 -- name: find_domains
 -- One row: the names whose domains the account may read, every one of them; the
 -- uuids of these domains and all others'.
-SELECT array_agg(DISTINCT domain_name::text) FILTER (WHERE readable) AS domain_names,
+SELECT array_agg(DISTINCT domain_name) FILTER (WHERE readable) AS domain_names,
        array_agg(domain_uuid::text ORDER BY domain_uuid) FILTER (WHERE readable) AS domain_uuids,
        array_agg(domain_uuid::text) FILTER (WHERE NOT readable) AS other_uuids
   FROM (SELECT d.domain_name, d.domain_uuid,
@@ -388,7 +387,7 @@ SELECT array_agg(DISTINCT domain_name::text) FILTER (WHERE readable) AS domain_n
 
 -- name: select_domains
 -- One row is a domain that the account may read, by name.
-SELECT d.domain_uuid::text, d.domain_name::text
+SELECT d.domain_uuid::text, d.domain_name
   FROM v_domains AS d
  WHERE %(all_domains)s
     OR EXISTS (SELECT FROM cdr_api.grants AS g
