@@ -187,6 +187,7 @@ DEALLOCATE {name};
           AND (%(leg)s::text IS NULL OR cdr.leg::text = %(leg)s::text)
           AND (%(accountcode)s::text IS NULL OR cdr.accountcode = %(accountcode)s::text)
           AND (%(extension_uuid)s::uuid IS NULL OR cdr.extension_uuid = %(extension_uuid)s::uuid)
+          AND (%(caller_id_name)s::text IS NULL OR cdr.caller_id_name = %(caller_id_name)s::text)
           AND (%(caller_id_number)s::text IS NULL OR cdr.caller_id_number = %(caller_id_number)s::text)
           AND (%(source_number)s::text IS NULL OR cdr.source_number = %(source_number)s::text)
           AND (%(destination_number)s::text IS NULL OR cdr.destination_number = %(destination_number)s::text)

@@ -202,6 +202,7 @@ FILTERS = [
     ("direction", "inbound", "direction = 'inbound'"),
     ("leg", "b", "leg = 'b'"),
     ("accountcode", "alpha.example.com", "accountcode = 'alpha.example.com'"),
+    ("caller_id_name", 'O\'Brien, "Bob" & Sons', "caller_id_name = 'O''Brien, \"Bob\" & Sons'"),
     ("caller_id_number", "104", "caller_id_number = '104'"),
     ("source_number", "104", "source_number = '104'"),
     ("destination_number", "105", "destination_number = '105'"),
@@ -227,6 +228,23 @@ def test_filters_say_the_same_as_sql(database: Database, client: Client, name: s
     assert len(found) == len(set(found))
     assert set(found) == expected
     assert expected
+
+
+def test_every_filter_is_a_placeholder_of_the_statement_that_reads_calls() -> None:
+    """One that is not would be accepted and ignored: every call, as if it had not been asked for."""
+    statement = cdr_api.STATEMENTS["matching_calls"].as_string()
+    for name in cdr_api.FILTERS:
+        assert f"%({name})s" in statement, name
+
+
+def test_every_filter_has_a_value_above_that_separates_calls(database: Database, client: Client) -> None:
+    every = len(client.calls(fields="xml_cdr_uuid"))
+    extension = next(call["extension_uuid"] for call in client.calls() if call["extension_uuid"])
+    tried = [*((name, value) for name, value, _ in FILTERS), ("extension_uuid", extension)]
+    separating = {
+        name for name, value in tried if 0 < len(client.calls(fields="xml_cdr_uuid", **{name: value})) < every
+    }
+    assert separating == set(cdr_api.FILTERS)
 
 
 def test_answered_means_what_billsec_shows(database: Database) -> None:

@@ -13,6 +13,7 @@ import pytest
 from psycopg.rows import dict_row
 
 import cdr_admin
+import cdr_api
 from tests.conftest import Client, Database, DatabaseMaker, problem
 
 
@@ -191,3 +192,15 @@ def test_the_index_finds_the_start_of_a_page(database: Database, client: Client)
         conditions = [node["Index Cond"] for node in plan if "Index Cond" in node]
     assert len(conditions) == 1
     assert re.search(r"ROW\((cdr\.)?end_stamp, (cdr\.)?xml_cdr_uuid\) > ROW", conditions[0])
+
+
+def test_a_release_that_adds_filters_and_fields_resets_no_cursor(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = client.get("/api/calls", domain_name="alpha.example.com", limit=5, direction="inbound")
+    poll = client.get("/api/call_feed", **{"from": "2026-09-01", "limit": "5", "direction": "inbound"})
+    monkeypatch.setitem(cdr_api.FILTERS, "new_filter", str)
+    monkeypatch.setitem(cdr_api.CALLS, "new_filter", str)
+    monkeypatch.setitem(cdr_api.FEED, "new_filter", str)
+    for response in (page, poll):
+        assert client.send("GET", next_link(response) or "").status_code == 200
