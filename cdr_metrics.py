@@ -16,7 +16,9 @@ from flask import Flask, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from cdr_api import ApiError, Database, service
+from cdr.database import Database
+from cdr.errors import ApiError
+from cdr.service import Service
 
 REQUESTS = Counter("cdr_api_requests", "Answers.", ["route", "status"])
 SECONDS = Histogram(
@@ -28,23 +30,31 @@ SECONDS = Histogram(
 ROWS = Counter("cdr_api_rows", "Calls sent.", ["route"])
 BYTES = Counter("cdr_api_bytes", "Bytes sent, without headers.", ["route"])
 BROKEN = Counter("cdr_api_broken_streams", "Answers that ended before they were whole.", ["route"])
+FALLBACKS = Counter(
+    "cdr_api_fallbacks", "Statements that failed when run prepared, and were streamed instead.", ["statement", "reason"]
+)
 REFUSED = Counter("cdr_api_failed_logins", "Wrong logins, and tokens that are unknown.", ["kind"])
 CONNECTIONS = Gauge(
     "cdr_api_pool_connections", "Connections to PostgreSQL.", ["pool", "state"], multiprocess_mode="livesum"
 )
 
 
-def count(facts: Mapping[str, Any]) -> None:
-    """Counts a request by what close_record (cdr_api.py) tells of it."""
-    route = facts["route"]
-    REQUESTS.labels(route, str(facts["status"])).inc()
-    SECONDS.labels(route).observe(facts["seconds"])
-    ROWS.labels(route).inc(facts["rows"])
-    BYTES.labels(route).inc(facts["bytes"])
-    if facts["broken"]:
-        BROKEN.labels(route).inc()
-    if facts["status"] == 401:
-        REFUSED.labels("login" if route == "/api/login" else "token").inc()
+class Counters:
+    """Counts what the request log tells."""
+
+    def request(self, facts: Mapping[str, Any]) -> None:
+        route = facts["route"]
+        REQUESTS.labels(route, str(facts["status"])).inc()
+        SECONDS.labels(route).observe(facts["seconds"])
+        ROWS.labels(route).inc(facts["rows"])
+        BYTES.labels(route).inc(facts["bytes"])
+        if facts["broken"]:
+            BROKEN.labels(route).inc()
+        if facts["status"] == 401:
+            REFUSED.labels("login" if route == "/api/login" else "token").inc()
+
+    def fallback(self, statement: str, reason: str) -> None:
+        FALLBACKS.labels(statement, reason).inc()
 
 
 def count_connections(name: str, database: Database) -> None:
@@ -54,33 +64,33 @@ def count_connections(name: str, database: Database) -> None:
     CONNECTIONS.labels(name, "used").set(found.get("pool_size", 0) - idle)
 
 
-def find_lag(registry: CollectorRegistry) -> None:
+def find_lag(service: Service, registry: CollectorRegistry) -> None:
     """How far the feed is held back, if the database with the calls can tell."""
     try:
-        found = service().calls.rows("find_oldest_writer")[0]
+        found = service.calls.rows("find_oldest_writer")[0]
     except psycopg.Error:
         return
     lag = Gauge("cdr_api_feed_lag_seconds", "Age of the oldest writing transaction.", registry=registry)
     lag.set(found["seconds"] or 0)
 
 
-def metrics() -> Response:
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        raise ApiError(503, "Metrics are counted under gunicorn alone, with its gunicorn.conf.py.")
-    registry = CollectorRegistry()
-    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    find_lag(registry)
-    return Response(generate_latest(registry), content_type=CONTENT_TYPE_LATEST)
-
-
-def register_metrics(app: Flask) -> None:
-    found = app.extensions["cdr_api"]
+def register_metrics(app: Flask, service: Service) -> None:
+    """Counts every request, and serves the counts."""
 
     def look_at_pools(response: Response) -> Response:
-        count_connections("accounts", found.accounts)
-        if found.calls is not found.accounts:
-            count_connections("calls", found.calls)
+        count_connections("accounts", service.accounts)
+        if service.calls is not service.accounts:
+            count_connections("calls", service.calls)
         return response
 
+    def metrics() -> Response:
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            raise ApiError(503, "Metrics are counted under gunicorn alone, with its gunicorn.conf.py.")
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        find_lag(service, registry)
+        return Response(generate_latest(registry), content_type=CONTENT_TYPE_LATEST)
+
+    service.request_log.observers.append(Counters())
     app.after_request(look_at_pools)
     app.add_url_rule("/metrics", "metrics", metrics)

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 import gunicorn.util
 import psycopg
 
-for name in ("cdr_api", "cdr_metrics"):
-    sys.modules.pop(name, None)  # a reload takes the new code, which this process would else keep
+for name in [name for name in sys.modules if name.split(".")[0] == "cdr" or name.startswith("cdr_")]:
+    del sys.modules[name]  # a reload takes the new code, which this process would keep otherwise
 
-from cdr_api import SettingError, Settings, close_record, envelope, request_log  # noqa: E402 (see above)
+from cdr.errors import envelope  # noqa: E402 (see above)
+from cdr.requestlog import request_log  # noqa: E402
+from cdr.settings import SettingError, Settings  # noqa: E402
 
 if TYPE_CHECKING:
     from gunicorn.arbiter import Arbiter
@@ -52,7 +54,7 @@ secure_scheme_headers: dict[str, str] = {}
 
 
 def when_ready(server: Arbiter) -> None:
-    """Says once, in one line, if a database is not to be had. Serving goes on: it may come."""
+    """Says once, in one line, if a database cannot be reached. Serving goes on: it may come back."""
     for variable, dsn in (("CDR_API_DSN", settings.dsn), ("CDR_API_CALLS_DSN", settings.calls_dsn)):
         try:
             if dsn:
@@ -68,8 +70,7 @@ def worker_exit(_server: Arbiter, worker: Worker) -> None:
     """Ends the pools' threads while they still can be: at its end Python 3.13 waits 5 s for each of them."""
     app = getattr(worker, "wsgi", None)
     if app and "cdr_api" in app.extensions:  # the benchmark has others
-        for database in (app.extensions["cdr_api"].accounts, app.extensions["cdr_api"].calls):
-            database.pool.close()
+        app.extensions["cdr_api"].close()
 
 
 def write_error(client: socket.socket, status: int, reason: str, _message: str) -> None:
@@ -100,21 +101,16 @@ gunicorn.util.write_error = write_error
 
 def post_request(_worker: Worker, _request: Any, environ: dict[str, Any], response: Any) -> None:
     """When the client has the whole answer, or has not got it: the request's line, and its metrics."""
-    if response and "cdr_api.record" in environ:
-        facts = close_record(environ, response.status_code or 0, response.sent, settings.log)
-        if settings.metrics == "on":
-            from cdr_metrics import count  # noqa: PLC0415 (only who asks for it)
-
-            count(facts)
+    if response and "cdr_api.entry" in environ:
+        environ["cdr_api.request_log"].close(environ["cdr_api.entry"], response.status_code or 0, response.sent)
 
 
 if settings.metrics == "on":
     # Before prometheus_client is loaded; a reload comes by here again.
     folder = os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="cdr-api-metrics-"))
+    from prometheus_client.multiprocess import mark_process_dead
 
     def child_exit(_server: Arbiter, worker: Worker) -> None:
-        from prometheus_client.multiprocess import mark_process_dead  # noqa: PLC0415 (as above)
-
         mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
 
     def on_exit(_server: Arbiter) -> None:

@@ -2,7 +2,7 @@
 --
 -- "-- name: verb_noun" begins a statement; the ";" at a line's end closes it.
 -- Values are psycopg parameters, %(name)s; a percent sign is written %%, even
--- in a comment. A name in braces, {columns}, is put in by cdr_api.py from its
+-- in a comment. A name in braces, {columns}, is put in by the program from its
 -- own closed lists, never from a request. v_xml_cdr and v_domains are
 -- FusionPBX's tables, found by search_path; the side tables of schema.sql are
 -- always written with their schema, cdr_api.
@@ -25,19 +25,18 @@ SET LOCAL random_page_cost = 1.1;
 SET LOCAL DateStyle = 'ISO';
 SET LOCAL TimeZone = %(time_zone)s;
 
--- name: take_place
--- One row: whether the account may have another long answer, for which it needs
--- one of its advisory locks (of a server, shared by all workers); they end with
--- the transaction. 1667527680 is "cdr" as the first three bytes.
+-- name: take_stream_slot
+-- One row: whether the account gets a slot for another long answer: one of its
+-- advisory locks (of a server, shared by all workers), which end with the transaction. 1667527680 is "cdr" as the first three bytes.
 -- alone: an index brings the rows in their order, and one process is as fast as
 -- several that go through it, which take all processors of the PBX. Without the
 -- index they share the search.
-SELECT may_be_long,
-       set_config('statement_timeout', CASE WHEN may_be_long THEN %(statement_timeout)s::text ELSE '1s' END, true),
+SELECT has_slot,
+       set_config('statement_timeout', CASE WHEN has_slot THEN %(statement_timeout)s::text ELSE '1s' END, true),
        set_config('max_parallel_workers_per_gather',
                   CASE WHEN %(alone)s THEN '0' ELSE current_setting('max_parallel_workers_per_gather') END, true)
   FROM (SELECT EXISTS (SELECT FROM generate_series(1, %(streams)s) AS slot
-                        WHERE pg_try_advisory_xact_lock(1667527680 + slot, %(account_id)s)) AS may_be_long
+                        WHERE pg_try_advisory_xact_lock(1667527680 + slot, %(account_id)s)) AS has_slot
         OFFSET 0) AS attempt;
 
 -- name: select_calls
@@ -54,7 +53,7 @@ SELECT {columns}
 -- parse and plan all the columns takes longest.
 SELECT row_to_json(found)::text AS found FROM ({query}) AS found;
 
--- name: run_few
+-- name: run_short
 -- A transaction like that of {begin}, for the EXECUTE of calls as_json. That is
 -- planned once, for all values, and given up where it turns out not to be quick.
 -- EXECUTE sees a snapshot that is older than its own locks: without the LOCK before
@@ -192,7 +191,7 @@ DEALLOCATE {name};
           AND (%(source_number)s::text IS NULL OR cdr.source_number = %(source_number)s::text)
           AND (%(destination_number)s::text IS NULL OR cdr.destination_number = %(destination_number)s::text)
           AND (%(hangup_cause)s::text IS NULL OR cdr.hangup_cause = %(hangup_cause)s::text)
-          AND (NOT %(billable_only)s
+          AND (%(billable_only)s::boolean IS NOT TRUE
                OR coalesce(cdr.leg::text, 'a') = 'a'
               AND cdr.hangup_cause IS DISTINCT FROM 'LOSE_RACE'
               AND cdr.cc_side IS DISTINCT FROM 'agent'
@@ -210,7 +209,7 @@ DEALLOCATE {name};
 -- name: copy_json
 -- PostgreSQL's CSV writer writes JSON values: strings quoted and escaped, NULL
 -- as null, cells divided by DEL, which text hardly ever holds. What CSV does not
--- escape (control characters) cdr_api.py mends per batch.
+-- escape (control characters) cdr/stream.py escapes per batch.
 COPY ({query}) TO STDOUT
   (FORMAT csv, DELIMITER E'\x7f', QUOTE '"', ESCAPE E'\\', NULL 'null'{force_quote});
 
@@ -218,7 +217,7 @@ COPY ({query}) TO STDOUT
 -- A line per call, the first part with a header line; NULL is empty, an empty string is "".
 COPY ({query}) TO STDOUT (FORMAT csv, HEADER %(header)s);
 
--- name: defuse
+-- name: escape_formula
 -- No statement but a column of it: text that a spreadsheet would take for a
 -- formula, with an apostrophe before it.
 CASE WHEN {column}::text ~ '^[=+@\t\r\n-]' THEN '''' || {column} ELSE {column}::text END AS {name};
@@ -503,8 +502,8 @@ DELETE FROM cdr_api.attempts
                 WHERE next_at < clock_timestamp() - interval '1 hour'
                   FOR UPDATE SKIP LOCKED);
 
--- name: upsert_notice
-INSERT INTO cdr_api.notices (name, text) VALUES (%(name)s, %(text)s)
+-- name: upsert_warning
+INSERT INTO cdr_api.warnings (name, text) VALUES (%(name)s, %(text)s)
     ON CONFLICT (name) DO UPDATE SET text = EXCLUDED.text, seen_at = now();
 
 -- name: probe_accounts
@@ -600,9 +599,9 @@ SELECT count(*) AS calls
  WHERE (cdr.domain_name IN (SELECT d.domain_name FROM v_domains AS d)) IS NOT TRUE
    AND (cdr.domain_uuid IN (SELECT d.domain_uuid FROM v_domains AS d)) IS NOT TRUE;
 
--- name: select_notices
+-- name: select_warnings
 -- One row is something that the service saw in the last day.
-SELECT name, text, seen_at FROM cdr_api.notices WHERE seen_at > now() - interval '1 day' ORDER BY name;
+SELECT name, text, seen_at FROM cdr_api.warnings WHERE seen_at > now() - interval '1 day' ORDER BY name;
 
 -- name: find_standby_lag
 -- One row: seconds since the last transaction that arrived, if there is more to

@@ -77,8 +77,9 @@ CREATE TABLE IF NOT EXISTS cdr_api.attempts (
 );
 CREATE INDEX IF NOT EXISTS attempts_next_at ON cdr_api.attempts (next_at);
 
--- How requests come in that should come in otherwise, for flask check.
-CREATE TABLE IF NOT EXISTS cdr_api.notices (
+-- That requests arrive in another way than they should, for flask check.
+DROP TABLE IF EXISTS cdr_api.notices;  -- its name before version 3
+CREATE TABLE IF NOT EXISTS cdr_api.warnings (
     name    text PRIMARY KEY,
     text    text NOT NULL,
     seen_at timestamptz NOT NULL DEFAULT now()         -- true to the hour
@@ -104,12 +105,12 @@ GRANT EXECUTE ON FUNCTION cdr_api.oldest_writer() TO cdr_api;
 
 CREATE TABLE IF NOT EXISTS cdr_api.version (version integer NOT NULL);
 DELETE FROM cdr_api.version;
-INSERT INTO cdr_api.version VALUES (2);
+INSERT INTO cdr_api.version VALUES (3);
 
 REVOKE ALL ON SCHEMA cdr_api FROM PUBLIC;
 GRANT USAGE ON SCHEMA cdr_api TO cdr_api;
 GRANT SELECT, INSERT, UPDATE, DELETE
-   ON cdr_api.accounts, cdr_api.grants, cdr_api.tokens, cdr_api.secrets, cdr_api.attempts, cdr_api.notices TO cdr_api;
+   ON cdr_api.accounts, cdr_api.grants, cdr_api.tokens, cdr_api.secrets, cdr_api.attempts, cdr_api.warnings TO cdr_api;
 GRANT SELECT ON cdr_api.version TO cdr_api;
 
 -- Of FusionPBX's own tables: reading these two, and nothing else.

@@ -32,7 +32,8 @@ import psycopg
 from psycopg import pq, sql
 
 import demo
-from cdr_api import FIELDS, FORMATS
+from cdr.selection import FIELDS
+from cdr.stream import FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

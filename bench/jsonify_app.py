@@ -18,7 +18,7 @@ from flask import Flask, Response, abort, jsonify, request
 from psycopg.rows import dict_row
 from psycopg_pool import ConnectionPool
 
-from cdr_api import FIELDS, INTEGERS, NUMBERS
+from cdr.selection import FIELDS, INTEGERS, NUMBERS
 
 QUERY = f"""
 SELECT {", ".join(FIELDS)}

@@ -28,8 +28,11 @@ from werkzeug.test import TestResponse
 
 import cdr_api
 import demo
+from cdr.accounts import email_key, new_token
+from cdr.database import run
 
 ROOT = Path(__file__).parent.parent
+SOURCES = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("cdr/*.py"))]  # the program's
 # Debian keeps it where only root's PATH leads.
 PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin") or ""
 UNTIL = 1_795_000_000  # 2026-11-18T11:06:40Z, when the last invented call ended
@@ -206,17 +209,17 @@ class Database:
         with self.connect() as connection:
             connection.execute("SET ROLE cdr_api")
             connection.row_factory = dict_row
-            row = cdr_api.run(
+            row = run(
                 connection,
                 "insert_account",
                 name="Test",
                 email=email,
-                email_key=cdr_api.email_key(email),
+                email_key=email_key(email),
                 password_hash=PASSWORD_HASH,
                 all_domains=all_domains,
             )[0]
-            cdr_api.run(connection, "upsert_grants", account_id=row["account_id"], domain_names=list(domains))
-            token = cdr_api.new_token(connection, row["account_id"], days)
+            run(connection, "upsert_grants", account_id=row["account_id"], domain_names=list(domains))
+            token = new_token(connection, row["account_id"], days)
         assert token
         return token
 
@@ -354,14 +357,14 @@ def answers(port: int) -> bool:
 
 
 @contextmanager
-def serve(dsn: str, *options: str, **settings: str) -> Iterator[Gunicorn]:
+def serve(dsn: str, *options: str, folder: Path = ROOT, **settings: str) -> Iterator[Gunicorn]:
     """Runs gunicorn as a sysadmin would, on a free port."""
     port = free_port()
     environ = {name: value for name, value in os.environ.items() if not name.startswith("CDR_API_")}
     environ |= {"CDR_API_DSN": dsn, "CDR_API_WORKERS": "1", "CDR_API_SYSLOG": "off", **settings}
     command = [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", *options]
     with tempfile.NamedTemporaryFile(prefix="cdr-api-", suffix=".log") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=folder, env=environ, stdout=log, stderr=log)
         try:
             wait_for(lambda: process.poll() is not None or answers(port))
             yield Gunicorn(process, f"http://127.0.0.1:{port}", Path(log.name))

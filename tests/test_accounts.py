@@ -188,7 +188,7 @@ def test_wrong_and_unknown_logins_look_the_same(
         work.append(pwhash)
         return check_password_hash(pwhash, password)
 
-    monkeypatch.setattr("cdr_api.check_password_hash", check)
+    monkeypatch.setattr("cdr.accounts.check_password_hash", check)
     answers = [
         public.post("/api/login", json={"email": email, "password": "Wrong-password-1"}, headers={"X-Request-ID": "1"})
         for email in ("known@example.com", "unknown@example.com")

@@ -17,7 +17,7 @@ from bench import __main__ as bench
 from bench.peers import __main__ as peers
 from bench.peers.servers import HERE, Rival
 from bench.peers.values import plain
-from cdr_api import FIELDS
+from cdr.selection import FIELDS
 from tests.conftest import wait_for
 
 pytestmark = pytest.mark.direct("is about the benchmark")

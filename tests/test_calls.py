@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-import cdr_api
+import cdr.selection
+from cdr.selection import FIELDS
+from cdr.statements import STATEMENTS
 from tests.conftest import Client, Database, problem
 
 # One row as FusionPBX would store it, and by hand what the contract makes of it.
@@ -53,7 +55,7 @@ STORED = {
     "xml": "<a>\n\t</a>",
 }
 EXPECTED = {
-    **dict.fromkeys(cdr_api.FIELDS),
+    **dict.fromkeys(FIELDS),
     **STORED,
     "start_epoch": "1714636820",
     "start_stamp": "2024-05-02T08:00:20+00:00",
@@ -84,7 +86,7 @@ def test_a_call_is_served_as_the_contract_says(client: Client, kind: str) -> Non
     text = response.data.decode()
     found = json.loads(text) if kind == "json" else [json.loads(line) for line in text.splitlines()]
     assert found == [EXPECTED]
-    assert list(found[0]) == list(cdr_api.FIELDS)
+    assert list(found[0]) == list(FIELDS)
     assert len(found[0]) == 66
     assert response.headers["Content-Type"] == {"json": "application/json", "ndjson": "application/x-ndjson"}[kind]
     assert int(response.headers["Content-Length"]) == len(response.data)
@@ -106,7 +108,7 @@ def test_csv_has_a_header_and_the_same_values(client: Client) -> None:
 
 
 def test_every_field_has_its_type(client: Client) -> None:
-    types: dict[str, tuple[type, ...]] = dict.fromkeys(cdr_api.FIELDS, (str,))
+    types: dict[str, tuple[type, ...]] = dict.fromkeys(FIELDS, (str,))
     types |= dict.fromkeys(("duration", "billsec", "waitsec", "mduration", "billmsec", "pdd_ms"), (int,))
     types |= {"rtp_audio_in_mos": (int, float), "voicemail_message": (bool,), "missed_call": (bool,)}
     never_filled = {
@@ -124,7 +126,7 @@ def test_every_field_has_its_type(client: Client) -> None:
             if value is not None:
                 assert type(value) in types[name], (name, value)
                 seen.add(name)
-    assert seen >= set(cdr_api.FIELDS) - never_filled
+    assert seen >= set(FIELDS) - never_filled
 
 
 @pytest.mark.parametrize(
@@ -232,8 +234,8 @@ def test_filters_say_the_same_as_sql(database: Database, client: Client, name: s
 
 def test_every_filter_is_a_placeholder_of_the_statement_that_reads_calls() -> None:
     """One that is not would be accepted and ignored: every call, as if it had not been asked for."""
-    statement = cdr_api.STATEMENTS["matching_calls"].as_string()
-    for name in cdr_api.FILTERS:
+    statement = STATEMENTS["matching_calls"].as_string()
+    for name in cdr.selection.FILTERS:
         assert f"%({name})s" in statement, name
 
 
@@ -244,7 +246,7 @@ def test_every_filter_has_a_value_above_that_separates_calls(database: Database,
     separating = {
         name for name, value in tried if 0 < len(client.calls(fields="xml_cdr_uuid", **{name: value})) < every
     }
-    assert separating == set(cdr_api.FILTERS)
+    assert separating == set(cdr.selection.FILTERS)
 
 
 def test_answered_means_what_billsec_shows(database: Database) -> None:

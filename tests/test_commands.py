@@ -225,7 +225,7 @@ def test_check_names_an_index_whose_build_was_interrupted(make_database: Databas
     status, lines = check(database.app())
     assert status == 1
     output = flask(database.app(), "check").output
-    assert "✗ index              cdr_api_calls is the rest of a build that was interrupted" in output
+    assert "✗ index              cdr_api_calls is left over from a build that was interrupted" in output
     assert lines["index"].startswith("✗ index              no index serves ranges")
 
 

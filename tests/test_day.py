@@ -23,8 +23,8 @@ from urllib.parse import urlencode
 
 import pytest
 
-import cdr_api
 import demo
+from cdr.accounts import digest_token
 from tests.conftest import PASSWORD, PASSWORD_HASH, Gunicorn, serve, wait_for
 from tests.servers import AWAY, Answer, Download, Node, fetch, own_node
 
@@ -217,9 +217,7 @@ def morning() -> Iterator[Day]:
                 [PASSWORD_HASH],
             )
             token = "cdr_of-the-day"
-            connection.execute(
-                "INSERT INTO cdr_api.tokens (account_id, digest) VALUES (1, %s)", [cdr_api.digest_token(token)]
-            )
+            connection.execute("INSERT INTO cdr_api.tokens (account_id, digest) VALUES (1, %s)", [digest_token(token)])
         with serve(node.dsn("cdr_api"), CDR_API_WORKERS="2") as gunicorn:
             yield Day(node, gunicorn, token)
 

@@ -21,7 +21,7 @@ import psycopg
 import pytest
 
 import demo
-from tests.conftest import PASSWORD, ROOT, answers, free_port, wait_for
+from tests.conftest import PASSWORD, ROOT, SOURCES, answers, free_port, wait_for
 from tests.deployment import INCLUDE, install_programs, read_blocks, stop
 from tests.nginx import FUSIONPBX, MAIN, NGINX, make_certificate
 from tests.servers import Node
@@ -475,7 +475,7 @@ def test_from_the_first_command_to_the_last_and_all_is_as_before(node: PasswordN
 def check_words(machine: Machine) -> None:
     """That the document and its files still say what stands for something else here."""
     texts = [block.text for block in BLOCKS.values()]
-    texts += [(ROOT / name).read_text("utf-8") for name in ("cdr_api.py", "cdr_admin.py")]
+    texts += [path.read_text("utf-8") for path in SOURCES]
     texts += [path.read_text("utf-8") for path in ROOT.glob("deploy/*")]
     assert [word for word in machine.words if not any(word in text for text in texts)] == []
 

@@ -16,8 +16,11 @@ import pytest
 import cdr_admin
 import cdr_api
 import demo
+from cdr.check import RANGE_INDEX
+from cdr.selection import FIELDS
+from cdr.settings import Settings, parse_milliseconds
 from demo.__main__ import CURL
-from tests.conftest import ROOT, Database, DatabaseMaker, Gunicorn, serve
+from tests.conftest import ROOT, SOURCES, Database, DatabaseMaker, Gunicorn, serve
 
 README = (ROOT / "README.md").read_text("utf-8")
 DEPLOYMENT = (ROOT / "DEPLOYMENT.md").read_text("utf-8")
@@ -99,15 +102,15 @@ def test_every_parameter_is_in_the_readme() -> None:
 
 
 def test_the_fields_are_in_the_readme_in_their_order() -> None:
-    assert f"`{' '.join(cdr_api.FIELDS)}`" in README
+    assert f"`{' '.join(FIELDS)}`" in README
 
 
 def test_every_setting_is_in_both_documents() -> None:
-    for name in cdr_api.Settings.__dataclass_fields__:
+    for name in Settings.__dataclass_fields__:
         for text in (README, DEPLOYMENT):
             assert f"`CDR_API_{name.upper()}`" in text, name
     for name in set(re.findall(r"CDR_API_[A-Z_]+[A-Z]", README + DEPLOYMENT)):
-        assert name.removeprefix("CDR_API_").lower() in cdr_api.Settings.__dataclass_fields__, name
+        assert name.removeprefix("CDR_API_").lower() in Settings.__dataclass_fields__, name
 
 
 def test_every_command_is_in_the_readme() -> None:
@@ -121,13 +124,13 @@ def test_every_command_is_in_the_readme() -> None:
 
 
 def test_every_status_is_in_the_readme() -> None:
-    code = (ROOT / "cdr_api.py").read_text("utf-8")
-    for status in set(re.findall(r"ApiError\((\d{3}),", code)):
+    code = "".join(path.read_text("utf-8") for path in SOURCES)
+    for status in set(re.findall(r"ApiError\(\s*(\d{3}),", code)):
         assert re.search(rf"^\| [\d, ]*{status}[\d, ]* \|", README, re.MULTILINE), status
 
 
 def test_the_settings_table_tells_the_defaults() -> None:
-    settings = cdr_api.Settings.from_environ({"CDR_API_DSN": "dbname=x"})
+    settings = Settings.from_environ({"CDR_API_DSN": "dbname=x"})
     rows = dict(re.findall(r"^\| `(CDR_API_\w+)` \| `?([^`|]+?)`? \|", README, re.MULTILINE))
     assert rows["CDR_API_TOKEN_DAYS"] == str(settings.token_days)
     assert rows["CDR_API_PROXIES"] == str(settings.proxies)
@@ -135,14 +138,14 @@ def test_the_settings_table_tells_the_defaults() -> None:
     assert rows["CDR_API_ACCOUNT_STREAMS"] == str(settings.account_streams)
     assert rows["CDR_API_MIN_RATE"] == str(settings.min_rate)
     assert rows["CDR_API_SYSLOG"] == settings.syslog
-    assert cdr_api.read_milliseconds(rows["CDR_API_CLIENT_TIMEOUT"]) == settings.client_timeout
+    assert parse_milliseconds(rows["CDR_API_CLIENT_TIMEOUT"]) == settings.client_timeout
     assert rows["CDR_API_REGISTRATION"] == settings.registration
-    assert cdr_api.read_milliseconds(rows["CDR_API_STATEMENT_TIMEOUT"]) == settings.statement_timeout
-    assert cdr_api.read_milliseconds(rows["CDR_API_POOL_TIMEOUT"]) == settings.pool_timeout
+    assert parse_milliseconds(rows["CDR_API_STATEMENT_TIMEOUT"]) == settings.statement_timeout
+    assert parse_milliseconds(rows["CDR_API_POOL_TIMEOUT"]) == settings.pool_timeout
 
 
 def test_the_index_of_the_documents_is_the_one_that_check_prints() -> None:
-    index = cdr_admin.RANGE_INDEX.format(key="xml_cdr_uuid")
+    index = RANGE_INDEX.format(key="xml_cdr_uuid")
     assert index in DEPLOYMENT
     assert demo.INDEX.partition(" ON ")[2] + ";" == index.partition(" ON ")[2]
 
@@ -159,5 +162,5 @@ def test_links_and_files_that_documents_name_are_there() -> None:
 
 def test_the_modules_head_lists_its_parts() -> None:
     text = Path(cdr_api.__file__).read_text("utf-8")
-    listed = re.findall(r"^    ([A-Z][A-Za-z ]*?)  +\S", text.partition("A request walks")[0], re.MULTILINE)
+    listed = re.findall(r"^    ([A-Z][A-Za-z ]*?)  +\S", text.partition("A route is three steps")[0], re.MULTILINE)
     assert re.findall(r"^# ([A-Z][A-Za-z ]*?) -+$", text, re.MULTILINE) == listed

@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 import psycopg
 import pytest
 
-import cdr_api
+from cdr.cursors import read_cursor, write_cursor
 from tests.conftest import Client, Database, DatabaseMaker, problem, wait_for
 
 
@@ -192,8 +192,8 @@ def test_who_may_read_all_keeps_the_cursor_when_a_domain_is_added(database: Data
 
 def forge(client: Client, cursor: str, **changes: Any) -> str:
     """A cursor as this service would have signed it in another situation."""
-    with client.app.app_context():
-        return cdr_api.write_cursor("feed", cdr_api.read_cursor("feed", "cursor", cursor) | changes)
+    secret = client.app.extensions["cdr_api"].secret
+    return write_cursor(secret, "feed", read_cursor(secret, "feed", "cursor", cursor) | changes)
 
 
 @pytest.mark.parametrize(

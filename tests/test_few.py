@@ -13,7 +13,8 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-import cdr_api
+from cdr.database import MOST_PREPARED
+from cdr.short import SHORT_BYTES, SHORT_ROWS
 from tests.conftest import Client, Database, DatabaseMaker, Gunicorn, serve, wait_for
 from tests.servers import ask
 from tests.test_stream import ANYTHING, FIXED, NASTY
@@ -74,7 +75,7 @@ def prepared(client: Client) -> int:
     """How many statements for few calls a connection has prepared; PostgreSQL must have those that we know of."""
     with client.app.extensions["cdr_api"].calls.connection() as connection:
         found = connection.execute("SELECT name, statement FROM pg_prepared_statements").fetchall()
-        assert len(found) == len(connection.prepared) <= cdr_api.MOST_PREPARED
+        assert len(found) == len(connection.prepared) <= MOST_PREPARED
         return sum("v_xml_cdr" in query for query in connection.prepared)
 
 
@@ -111,8 +112,8 @@ def test_few_calls_are_those_of_the_stream_in_every_zone(database: Database, zon
     assert [call["answer_stamp"] is None for call in json.loads(few)] == [True, True, False, False]
 
 
-@pytest.mark.parametrize("calls", [0, 1, cdr_api.FEW, cdr_api.FEW + 1])
-@pytest.mark.parametrize("limit", [None, 1, cdr_api.FEW - 1, cdr_api.FEW, cdr_api.FEW + 1])
+@pytest.mark.parametrize("calls", [0, 1, SHORT_ROWS, SHORT_ROWS + 1])
+@pytest.mark.parametrize("limit", [None, 1, SHORT_ROWS - 1, SHORT_ROWS, SHORT_ROWS + 1])
 def test_pages_meet_every_call_once(database: Database, client: Client, calls: int, limit: int | None) -> None:
     uuids = [database.insert_call() for _ in range(calls)]
     database.insert_call(end_stamp="2026-02-04 00:00:00+00")
@@ -157,7 +158,7 @@ def test_without_the_index_answers_are_streamed(make_database: DatabaseMaker) ->
 
 
 def test_calls_of_many_bytes_are_streamed(database: Database, client: Client) -> None:
-    database.insert_call(xml="x" * cdr_api.FEW_BYTES)
+    database.insert_call(xml="x" * SHORT_BYTES)
     assert len(client.call_range("2026-02-03", "2026-02-03")) == 1
     assert executed(database) == 0
 
@@ -178,7 +179,7 @@ def test_a_connection_keeps_only_so_many_statements(database: Database, client: 
     uuid = database.insert_call()
     read_in_many_orders(client, uuid)
     assert executed(database) == 1
-    assert prepared(client) == cdr_api.MOST_PREPARED - 1  # and one for the token
+    assert prepared(client) == MOST_PREPARED - 1  # and one for the token
 
 
 def read_in_many_orders(client: Client, uuid: str) -> None:
@@ -200,7 +201,7 @@ def test_a_download_that_is_given_up_leaves_nothing_amiss(database: Database, cl
         next(response.iter_encoded())
         response.close()
         read_in_many_orders(client, uuid)
-        assert prepared(client) == cdr_api.MOST_PREPARED - 1
+        assert prepared(client) == MOST_PREPARED - 1
         assert client.get("/api/domains").status_code == 200
 
 
@@ -212,7 +213,7 @@ def test_a_database_of_calls_of_its_own(database: Database) -> None:
     for _ in range(3):
         read_in_many_orders(client, uuid)
         assert client.get("/api/call_feed", **{"from": "2026-02-03"}).status_code == 200
-    assert prepared(client) == cdr_api.MOST_PREPARED
+    assert prepared(client) == MOST_PREPARED
 
 
 def test_statements_that_fail_leave_nothing_on_the_server(database: Database, client: Client) -> None:

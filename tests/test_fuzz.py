@@ -30,6 +30,29 @@ from werkzeug.wrappers import Request
 
 import cdr_api
 import demo
+from cdr.accounts import check_password, parse_email, parse_name
+from cdr.cursors import read_cursor, write_cursor
+from cdr.errors import ApiError
+from cdr.feed import FEED_VERSION, read_feed_cursor
+from cdr.parsing import (
+    check_text,
+    integer_between,
+    one_of,
+    parse_flag,
+    parse_names,
+    parse_pairs,
+    parse_text,
+    parse_uuid,
+    parse_uuids,
+    parse_zone,
+    read_json_object,
+    read_pairs,
+)
+from cdr.ranges import EARLIEST, LATEST, Moment, find_range, find_zone, parse_moment
+from cdr.selection import FIELDS, parse_fields
+from cdr.settings import parse_dsn, parse_milliseconds, parse_origins, parse_syslog
+from cdr.statements import load_statements
+from cdr.stream import FORMATS
 from tests.conftest import PASSWORD, ROOT, Client, Database, DatabaseMaker, Gunicorn, problem, serve, wait_for
 
 # Of a part of a form that is broken behind it, a file is closed late, by the garbage collector.
@@ -71,7 +94,7 @@ def attempt(parse: Callable[..., Any], *arguments: Any) -> tuple[Any, int]:
     """What a parser gives, and 0; or None and the status that it refuses with, which for a ValueError is 422."""
     try:
         return parse(*arguments), 0
-    except cdr_api.ApiError as error:
+    except ApiError as error:
         return None, error.status
     except ValueError:
         return None, 422
@@ -82,7 +105,7 @@ FOREIGN_UUID = "0b9e2f6c-6a53-4c0e-9c5e-0d9c4b3f7a12"
 PIECES = st.text(max_size=3) | st.sampled_from(list("0123456789+-:.,/ TZ\x00\x1b\x9b\u202e\u0661é漢📞'\"%\n\t"))
 
 
-def is_as_long_as_it_is_written(_text: str, moment: cdr_api.Moment) -> bool:
+def is_as_long_as_it_is_written(_text: str, moment: Moment) -> bool:
     with contextlib.suppress(OverflowError):  # outside of the years 1 to 9999
         return moment.end(UTC) - moment.first(UTC) == moment.length > timedelta()
     return True
@@ -101,62 +124,60 @@ class Parser:
 
 PARSERS = {
     "parse_moment": Parser(
-        cdr_api.parse_moment,
+        parse_moment,
         ["2026-01-31", "2026-01-31t23:59z", "2026-01-31T23:59:59.5 0100", "1769900399.5", "9999-12-31T23-12"],
         is_as_long_as_it_is_written,
     ),
     "parse_uuid": Parser(
-        cdr_api.parse_uuid,
+        parse_uuid,
         [UUID_TEXT, UUID_TEXT.upper(), UUID_TEXT.replace("-", ""), f"{{{UUID_TEXT}}}"],
         lambda text, value: str(UUID(value)) == value and re.sub("[{}-]", "", text).lower() == value.replace("-", ""),
     ),
-    "parse_fields": Parser(cdr_api.parse_fields, ["xml", ",".join(cdr_api.FIELDS)], is_a_list_of(cdr_api.FIELDS)),
+    "parse_fields": Parser(parse_fields, ["xml", ",".join(FIELDS)], is_a_list_of(FIELDS)),
     "parse_groups": Parser(cdr_api.parse_groups, ["day", "domain_name,hour"], is_a_list_of(cdr_api.GROUPS)),
-    "parse_flag": Parser(cdr_api.parse_flag, ["true", "false"], lambda text, value: text == str(value).lower()),
-    "parse_text": Parser(cdr_api.parse_text, ["", "a"], lambda text, value: value == text and "\0" not in value),
+    "parse_flag": Parser(parse_flag, ["true", "false"], lambda text, value: text == str(value).lower()),
+    "parse_text": Parser(parse_text, ["", "a"], lambda text, value: value == text and "\0" not in value),
     "parse_email": Parser(
-        cdr_api.parse_email,
+        parse_email,
         ["a@b.c", "  Jürgen@example.com "],
         # Printable: an address stands in lists on terminals and in logs.
         lambda text, value: value == text.strip() and value.isprintable() and len(value) <= 254 and "@" in value,
     ),
     "parse_name": Parser(
-        cdr_api.parse_name,
+        parse_name,
         ["Ann", " Ann Lee 漢 "],
         lambda text, value: value == text.strip() and value.isprintable() and 1 <= len(value) <= 255,
     ),
     "read_choice": Parser(
-        cdr_api.read_choice("start", "end"), ["start", "end"], lambda text, value: text == value in ("start", "end")
+        one_of("start", "end"), ["start", "end"], lambda text, value: text == value in ("start", "end")
     ),
     "read_integer": Parser(
-        cdr_api.read_integer(-5, 10**12),
+        integer_between(-5, 10**12),
         ["0", "-5", "+7", "1000000000000"],
         lambda text, value: -5 <= value <= 10**12 and int(text) == value,
     ),
     "read_names": Parser(
-        cdr_api.read_names,
+        parse_names,
         ["a.example.com", " a , b,", ""],
         lambda text, value: all(name and name == name.strip() and "," not in name for name in value),
     ),
     "read_zone": Parser(
-        cdr_api.read_zone,
+        parse_zone,
         ["UTC", "Europe/Berlin", "America/Argentina/Buenos_Aires"],
         lambda text, value: zoneinfo.ZoneInfo(value).key == text,
     ),
-    "find_zone": Parser(cdr_api.find_zone, ["UTC", "Europe/Berlin"], lambda text, value: value.key == text),
+    "find_zone": Parser(find_zone, ["UTC", "Europe/Berlin"], lambda text, value: value.key == text),
     "read_milliseconds": Parser(
-        cdr_api.read_milliseconds, ["500ms", "30s", "5 min", "1h", "7"], lambda text, value: 1 <= value < 2**31
+        parse_milliseconds, ["500ms", "30s", "5 min", "1h", "7"], lambda text, value: 1 <= value < 2**31
     ),
-    "read_syslog": Parser(
-        cdr_api.read_syslog, ["off", "/dev/log"], lambda text, value: value == text and text[:1] in "o/"
-    ),
+    "read_syslog": Parser(parse_syslog, ["off", "/dev/log"], lambda text, value: value == text and text[:1] in "o/"),
     "read_origins": Parser(
-        cdr_api.read_origins,
+        parse_origins,
         ["https://a.example.com", "http://localhost:3000, http://[::1]"],
         lambda text, value: all(re.fullmatch(r"https?://[^\s/,\"<>]+", name) and name in text for name in value),
     ),
     "read_dsn": Parser(
-        cdr_api.read_dsn,
+        parse_dsn,
         ["host=/tmp dbname=x", "postgresql://u:p@h:5432/d?connect_timeout=5", "dbname='a b'"],
         lambda text, value: value == text and isinstance(conninfo.conninfo_to_dict(value), dict),
     ),
@@ -225,14 +246,14 @@ def plain(moment: datetime) -> datetime:
 @tries(300)
 def test_a_range_lies_where_it_is_written_or_is_the_wrong_way_round(first: str, last: str, zone: str) -> None:
     some = timedelta(days=2)  # offsets, a day's length, the years where Python's calendar ends
-    begin, finish = cdr_api.parse_moment(first), cdr_api.parse_moment(last)
-    found, status = attempt(cdr_api.read_range, begin, finish, zone)
+    begin, finish = parse_moment(first), parse_moment(last)
+    found, status = attempt(find_range, begin, finish, zone)
     if status:
         assert status == 422
         assert plain(finish.start) - plain(begin.start) < timedelta(days=1) + some
     else:
         start, end = found
-        assert cdr_api.EARLIEST <= start <= end <= cdr_api.LATEST
+        assert EARLIEST <= start <= end <= LATEST
         assert abs(plain(start) - plain(begin.start)) <= some
         assert abs(plain(end) - plain(finish.start)) <= some
 
@@ -259,7 +280,7 @@ JSON = st.recursive(
 @hypothesis.given(JSON)
 @tries(200)
 def test_only_strings_of_valid_unicode_are_texts(value: Any) -> None:
-    text, status = attempt(cdr_api.check_text, value)
+    text, status = attempt(check_text, value)
     if status:
         assert not isinstance(value, bool)
         assert not isinstance(value, str) or not value.isascii()
@@ -274,7 +295,7 @@ UUIDS = [UUID_TEXT, UUID_TEXT.upper(), "f" * 32, str(UUID(int=2**128 - 1))]
 @hypothesis.given(JSON | st.lists(st.sampled_from(UUIDS) | st.just("") | st.just(5), max_size=5))
 @tries(200)
 def test_a_list_of_uuids_is_of_uuids_each_once(value: Any) -> None:
-    uuids, status = attempt(cdr_api.parse_uuids, value)
+    uuids, status = attempt(parse_uuids, value)
     if status:
         assert not isinstance(value, list) or not value or not {str(uuid) for uuid in value} <= set(UUIDS)
     else:
@@ -284,7 +305,7 @@ def test_a_list_of_uuids_is_of_uuids_each_once(value: Any) -> None:
 @hypothesis.given(st.text(min_size=8, max_size=40) | st.sampled_from([PASSWORD, "é" * 513]), st.text(max_size=8))
 @tries(200)
 def test_a_password_that_is_taken_keeps_the_rule(password: str, local: str) -> None:
-    _, status = attempt(cdr_api.check_password, password, f"{local}@example.com")
+    _, status = attempt(check_password, password, f"{local}@example.com")
     if status:
         assert password != PASSWORD or (len(local) >= 4 and local.lower() in PASSWORD)
     else:
@@ -296,8 +317,8 @@ def test_a_password_that_is_taken_keeps_the_rule(password: str, local: str) -> N
 @hypothesis.given(edited([b"a=1&b=%C3%A9&c=+", b"a=&a=&=", b"%FF=1", b"a;b&c"], st.binary(max_size=3)) | st.binary())
 @tries(200)
 def test_pairs_of_a_query_are_the_same_when_they_are_written_again(query: bytes) -> None:
-    pairs, status = attempt(cdr_api.read_pairs, query)
-    assert status == 422 or cdr_api.read_pairs(urlencode(pairs).encode()) == pairs
+    pairs, status = attempt(read_pairs, query)
+    assert status == 422 or read_pairs(urlencode(pairs).encode()) == pairs
 
 
 OBJECTS = [b'{"a": [{"b": 1}], "a": "\\ud83d\\ude00"}', b'{"a": 1e5, "b": NaN}']
@@ -308,22 +329,22 @@ OBJECTS = [b'{"a": [{"b": 1}], "a": "\\ud83d\\ude00"}', b'{"a": 1e5, "b": NaN}']
 )
 @tries(200)
 def test_pairs_of_a_json_object_are_those_of_the_object(body: bytes) -> None:
-    pairs, status = attempt(cdr_api.read_json_object, body)
+    pairs, status = attempt(read_json_object, body)
     assert status == 422 or {name for name, _ in pairs} == set(json.loads(body.decode()))
 
 
-PARAMETERS = {"a": str, "b": cdr_api.read_integer(0, 9), "c": cdr_api.parse_uuids}
+PARAMETERS = {"a": str, "b": integer_between(0, 9), "c": parse_uuids}
 
 
 @hypothesis.given(st.lists(st.tuples(st.sampled_from("abcd") | TEXTS, JSON | st.just("5")), max_size=4))
 @tries(200)
 def test_every_parameter_has_a_value_unless_one_is_wrong(pairs: list[tuple[str, Any]]) -> None:
-    values, status = attempt(cdr_api.parse_pairs, pairs, PARAMETERS, {"a"})
+    values, status = attempt(parse_pairs, pairs, PARAMETERS, {"a"})
     if status:
         assert status == 422
         assert len(pairs) != 1 or pairs[0] != ("a", "5")
     else:
-        assert values["a"] == cdr_api.check_text(dict(pairs)["a"])
+        assert values["a"] == check_text(dict(pairs)["a"])
         assert values.keys() == PARAMETERS.keys() >= dict(pairs).keys()
         assert len(dict(pairs)) == len(pairs)
 
@@ -337,13 +358,14 @@ ACCEPTS = st.lists(st.sampled_from(ACCEPT_PIECES), max_size=8).map("".join)
 def test_a_format_is_one_that_is_offered(accept: str, protocol: str, wanted: str | None) -> None:
     environ = {"HTTP_ACCEPT": accept, "SERVER_PROTOCOL": protocol}
     with Flask("test").test_request_context(environ_overrides=environ):
-        kind, status = attempt(cdr_api.choose_format, {"format": wanted, "csv_safe": None})
+        found, status = attempt(cdr_api.choose_format, {"format": wanted, "csv_safe": None})
     if status:
         assert status in {406, 426}
         assert wanted != "csv" or protocol == "HTTP/1.0"
     else:
-        assert kind == "json" or (kind in cdr_api.FORMATS and protocol == "HTTP/1.1")
-        assert wanted in (None, kind)
+        assert found is FORMATS[found.name]
+        assert found.name == "json" or protocol == "HTTP/1.1"
+        assert wanted in (None, found.name)
 
 
 STATEMENT_NAMES = st.from_regex("[a-z_]+", fullmatch=True)
@@ -355,7 +377,7 @@ def test_statements_are_found_by_their_names(tmp_path: Path, statements: dict[st
     hypothesis.assume("-- name" not in head + "".join(statements.values()))
     text = head + "".join(f"\n-- name: {name}\n-- What.\nSELECT {body}\n" for name, body in statements.items())
     (tmp_path / "some.sql").write_text(text, "utf-8", newline="")
-    found = cdr_api.load_statements(tmp_path / "some.sql")
+    found = load_statements(tmp_path / "some.sql")
     assert list(found) == list(statements)
     assert all(isinstance(statement, sql.SQL) for statement in found.values())
     assert all(statement.as_string().startswith("SELECT ") for statement in found.values())
@@ -382,29 +404,29 @@ def feed_cursor(client: Client) -> str:
 @hypothesis.given(data=st.data())
 @tries(150)
 def test_a_changed_cursor_is_422(app: Flask, feed_cursor: str, data: st.DataObject) -> None:
-    with app.app_context():
-        cursors = {"cursor": feed_cursor, "after": cdr_api.write_cursor(["calls"], ["2026-01-01", UUID_TEXT])}
-        readers: dict[str, Callable[[str], Any]] = {
-            "cursor": cdr_api.read_feed_cursor,
-            "after": lambda text: cdr_api.read_cursor(["calls"], "after", text),
-        }
-        name = data.draw(st.sampled_from(sorted(cursors)))
-        text = data.draw(edited([cursors[name]], PIECES) | st.text())
-        if text == cursors[name]:
-            assert readers[name](text)
-            return
-        with pytest.raises(cdr_api.ApiError) as refusal:
-            readers[name](text)
-        assert (refusal.value.status, list(refusal.value.data)) == (422, [name])
+    secret = app.extensions["cdr_api"].secret
+    cursors = {"cursor": feed_cursor, "after": write_cursor(secret, ["calls"], ["2026-01-01", UUID_TEXT])}
+    readers: dict[str, Callable[[str], Any]] = {
+        "cursor": lambda text: read_feed_cursor(secret, text),
+        "after": lambda text: read_cursor(secret, ["calls"], "after", text),
+    }
+    name = data.draw(st.sampled_from(sorted(cursors)))
+    text = data.draw(edited([cursors[name]], PIECES) | st.text())
+    if text == cursors[name]:
+        assert readers[name](text)
+        return
+    with pytest.raises(ApiError) as refusal:
+        readers[name](text)
+    assert (refusal.value.status, list(refusal.value.data)) == (422, [name])
 
 
 def test_a_cursor_that_was_cut_off_is_422(app: Flask, feed_cursor: str) -> None:
-    with app.app_context():
-        for length in range(len(feed_cursor)):
-            with pytest.raises(cdr_api.ApiError) as refusal:
-                cdr_api.read_feed_cursor(feed_cursor[:length])
-            assert refusal.value.status == 422
-        assert cdr_api.read_feed_cursor(feed_cursor).version == cdr_api.FEED_VERSION
+    secret = app.extensions["cdr_api"].secret
+    for length in range(len(feed_cursor)):
+        with pytest.raises(ApiError) as refusal:
+            read_feed_cursor(secret, feed_cursor[:length])
+        assert refusal.value.status == 422
+    assert read_feed_cursor(secret, feed_cursor).version == FEED_VERSION
 
 
 # Requests ---------------------------------------------------------------------

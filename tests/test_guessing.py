@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-import cdr_api
+from cdr.accounts import name_network
 from tests.conftest import PASSWORD, Client, Database, DatabaseMaker, problem, serve
 
 FREE = 10  # attempts before the first delay
@@ -146,7 +146,7 @@ def test_the_table_of_attempts_holds_nothing_that_was_typed(database: Database, 
     ],
 )
 def test_an_ipv6_client_is_its_network(address: str, network: str) -> None:
-    assert cdr_api.name_network(address) == network
+    assert name_network(address) == network
 
 
 def guess(url: str, times: int, statuses: Counter[int], **headers: str) -> None:

@@ -28,8 +28,13 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from werkzeug.test import TestResponse
 
+import cdr
 import cdr_api
-from tests.conftest import ROOT, Client, Database, DatabaseMaker, Gunicorn, serve, wait_for
+from cdr.parsing import SECRETS_IN_QUERY, Parsers, parse_flag, parse_uuid, parse_zone
+from cdr.ranges import parse_moment
+from cdr.selection import BOOLEANS, FIELDS, FILTERS, INTEGERS, NUMBERS, STRINGS, parse_fields
+from cdr.stream import FORMATS
+from tests.conftest import ROOT, SOURCES, Client, Database, DatabaseMaker, Gunicorn, serve, wait_for
 from tests.nginx import NGINX, run_nginx
 from tests.servers import slow
 from tests.test_documents import README, shape
@@ -157,7 +162,7 @@ def test_everything_is_told_in_words() -> None:
 
 
 def test_its_version_is_that_of_the_service() -> None:
-    assert DESCRIPTION["info"]["version"] == cdr_api.__version__
+    assert DESCRIPTION["info"]["version"] == cdr.__version__
 
 
 # Against the code -------------------------------------------------------------
@@ -178,15 +183,15 @@ def test_operations_are_named_as_the_functions(app: Flask) -> None:
     assert {operation.path: operation.name for operation in OPERATIONS}.items() <= named.items()
 
 
-PARSERS: dict[str, cdr_api.Parsers] = {
+PARSERS: dict[str, Parsers] = {
     "calls": cdr_api.CALLS,
     "call_range": cdr_api.CALL_RANGE,
     "call_feed": cdr_api.FEED,
     "call_totals": cdr_api.TOTALS,
     "concurrent_calls_by_domain": cdr_api.CONCURRENCY,
     "active_calls_by_domain": cdr_api.CONCURRENCY,
-    "call_lookup": {"fields": cdr_api.parse_fields},
-    "logout": {"all": cdr_api.parse_flag},
+    "call_lookup": {"fields": parse_fields},
+    "logout": {"all": parse_flag},
 }
 EVERY_NAME = {name for found in OPERATIONS for name in (*found.parameters, *found.fields)}
 EVERY_NAME |= {name for parsers in PARSERS.values() for name in parsers}
@@ -205,7 +210,7 @@ def unknown(response: TestResponse) -> set[str]:
 
 @each_operation
 def test_a_route_knows_the_parameters_that_are_described_and_no_other(client: Client, operation: Operation) -> None:
-    names = EVERY_NAME - cdr_api.SECRETS_IN_QUERY
+    names = EVERY_NAME - SECRETS_IN_QUERY
     query = dict.fromkeys([*names, "nonsense"], "")
     response = client.send(operation.method.upper(), operation.path, query_string=query)
     assert response.status_code == 422
@@ -256,11 +261,11 @@ def accepts(parse: Callable[[str], Any], text: str) -> bool:
 def check_kind(parse: Callable[[str], Any], schema: dict[str, Any]) -> None:
     """That a parameter's schema is what its parser takes."""
     named = {
-        cdr_api.parse_flag: {"type": "boolean"},
-        cdr_api.parse_moment: SCHEMAS["Moment"],
-        cdr_api.parse_fields: SCHEMAS["FieldList"],
+        parse_flag: {"type": "boolean"},
+        parse_moment: SCHEMAS["Moment"],
+        parse_fields: SCHEMAS["FieldList"],
         cdr_api.parse_groups: SCHEMAS["GroupList"],
-        cdr_api.parse_uuid: {"type": "string", "format": "uuid"},
+        parse_uuid: {"type": "string", "format": "uuid"},
     }
     if parse in named:
         assert named[parse].items() <= schema.items()
@@ -273,7 +278,7 @@ def check_kind(parse: Callable[[str], Any], schema: dict[str, Any]) -> None:
         assert [accepts(parse, str(n)) for n in (low - 1, low, high, high + 1)] == [False, True, True, False]
     else:
         assert schema["type"] == "string"
-        assert parse is str or parse is cdr_api.read_zone
+        assert parse is str or parse is parse_zone
 
 
 @each_operation
@@ -303,9 +308,9 @@ def listed(schema: str) -> list[str]:
 
 
 def test_closed_lists_are_those_of_the_code() -> None:
-    assert COMPONENTS["parameters"]["Format"]["schema"]["enum"] == list(cdr_api.FORMATS)
+    assert COMPONENTS["parameters"]["Format"]["schema"]["enum"] == list(FORMATS)
     assert listed("GroupList") == list(cdr_api.GROUPS)
-    assert listed("FieldList") == list(cdr_api.FIELDS)
+    assert listed("FieldList") == list(FIELDS)
     keys = [name for name in SCHEMAS["Total"]["properties"] if name not in SCHEMAS["Total"]["required"]]
     assert keys == list(cdr_api.GROUPS)
 
@@ -316,7 +321,7 @@ def test_a_list_of_fields_matches_its_pattern_if_it_is_taken(text: str) -> None:
     names = text.split(",")
     doubled = len(set(names)) < len(names)  # what no pattern says
     matches = bool(re.search(SCHEMAS["FieldList"]["pattern"], text))
-    assert accepts(cdr_api.parse_fields, text) == (matches and not doubled)
+    assert accepts(parse_fields, text) == (matches and not doubled)
 
 
 MOMENT = re.compile(SCHEMAS["Moment"]["pattern"])
@@ -345,14 +350,14 @@ PARTS += ["16", "1769900399", "176990039", "17699003990", "0000-01-01"]
 @hypothesis.given(st.from_regex(MOMENT) | st.lists(st.sampled_from(PARTS), max_size=8).map("".join))
 def test_a_moment_matches_its_pattern_if_it_is_taken(text: str) -> None:
     possible = not re.search(r"0000|02-(29|30)|02-31|(04|06|09|11)-31", text)  # no pattern knows the calendar
-    assert accepts(cdr_api.parse_moment, text) == bool(MOMENT.fullmatch(text)) or not possible
+    assert accepts(parse_moment, text) == bool(MOMENT.fullmatch(text)) or not possible
 
 
 def test_a_call_has_its_fields_in_their_order_and_types() -> None:
     described = SCHEMAS["Call"]["properties"]
-    assert list(described) == list(cdr_api.FIELDS)
-    kinds = {"integer": cdr_api.INTEGERS, "number": cdr_api.NUMBERS, "boolean": cdr_api.BOOLEANS}
-    for kind, names in {**kinds, "string": cdr_api.STRINGS}.items():
+    assert list(described) == list(FIELDS)
+    kinds = {"integer": INTEGERS, "number": NUMBERS, "boolean": BOOLEANS}
+    for kind, names in {**kinds, "string": STRINGS}.items():
         found = {name for name, schema in described.items() if kind in schema["type"]}
         assert found == names, kind
     never_null = {name for name, schema in described.items() if "null" not in schema["type"]}
@@ -376,7 +381,9 @@ def test_statuses_are_those_of_the_readme_and_of_the_code() -> None:
     described = {status for operation in OPERATIONS for status in operation.responses if status >= 400}
     rows = re.findall(r"^\| (\d{3}(?:, \d{3})*) \|", README.partition("### Errors")[2], re.MULTILINE)
     assert described == {int(status) for row in rows for status in row.split(", ")}
-    assert described >= {int(status) for status in re.findall(r"ApiError\(\s*(\d{3})", CODE)}
+    assert described >= {
+        int(status) for path in SOURCES for status in re.findall(r"ApiError\(\s*(\d{3})", path.read_text("utf-8"))
+    }
 
 
 @each_operation
@@ -413,7 +420,7 @@ def test_each_status_has_its_headers(operation: Operation) -> None:
 def test_formats_have_their_media_types() -> None:
     for operation in OPERATIONS:
         if "format" in operation.parameters:
-            assert set(operation.responses[200]["content"]) == set(cdr_api.FORMATS.values())
+            assert set(operation.responses[200]["content"]) == set(FORMATS.values())
 
 
 # Examples ---------------------------------------------------------------------
@@ -723,7 +730,7 @@ def make_possible(case: Any) -> None:
 
 
 # The same wherever they are, and tried once.
-SHARED = {"fields", "format", "csv_safe", "limit", *cdr_api.FILTERS}
+SHARED = {"fields", "format", "csv_safe", "limit", *FILTERS}
 
 
 def is_repeated(case: Any) -> bool:

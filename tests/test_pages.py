@@ -19,7 +19,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
 
-import cdr_api
+from cdr_pages import ASSETS, LIBRARIES
 from tests.conftest import PASSWORD, ROOT, Client, Database, Gunicorn, problem, serve, wait_for
 from tests.nginx import NAME, NGINX, run_nginx
 
@@ -36,7 +36,7 @@ DESKTOP = {"width": 1280, "height": 900}
 # Files ------------------------------------------------------------------------
 
 PAGES = ("/api/docs", "/api/usage")
-FILES = (*PAGES, *(f"/api/assets/{name}" for name in cdr_api.ASSETS))
+FILES = (*PAGES, *(f"/api/assets/{name}" for name in ASSETS))
 
 
 def test_the_libraries_are_the_files_that_their_readme_names() -> None:
@@ -46,7 +46,7 @@ def test_the_libraries_are_the_files_that_their_readme_names() -> None:
     )
     found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
     assert named == {name: digest for name, digest in found.items() if name not in ("README.md", "fetch.sh")}
-    assert {Path(name).name for name in cdr_api.LIBRARIES} <= set(named)
+    assert {Path(name).name for name in LIBRARIES} <= set(named)
 
 
 @pytest.mark.parametrize("path", FILES)

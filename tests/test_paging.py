@@ -12,8 +12,9 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from psycopg.rows import dict_row
 
-import cdr_admin
 import cdr_api
+from cdr.check import find_plan
+from cdr.selection import FILTERS
 from tests.conftest import Client, Database, DatabaseMaker, problem
 
 
@@ -188,7 +189,7 @@ def test_the_index_finds_the_start_of_a_page(database: Database, client: Client)
     """The key is an index condition as a whole: a page far back costs what the first one costs."""
     with client.app.app_context(), database.connect() as connection:
         connection.row_factory = dict_row
-        plan = cdr_admin.find_plan(connection, "2026-10-05", "2026-10-06")
+        plan = find_plan(connection, "2026-10-05", "2026-10-06")
         conditions = [node["Index Cond"] for node in plan if "Index Cond" in node]
     assert len(conditions) == 1
     assert re.search(r"ROW\((cdr\.)?end_stamp, (cdr\.)?xml_cdr_uuid\) > ROW", conditions[0])
@@ -199,7 +200,7 @@ def test_a_release_that_adds_filters_and_fields_resets_no_cursor(
 ) -> None:
     page = client.get("/api/calls", domain_name="alpha.example.com", limit=5, direction="inbound")
     poll = client.get("/api/call_feed", **{"from": "2026-09-01", "limit": "5", "direction": "inbound"})
-    monkeypatch.setitem(cdr_api.FILTERS, "new_filter", str)
+    monkeypatch.setitem(FILTERS, "new_filter", str)
     monkeypatch.setitem(cdr_api.CALLS, "new_filter", str)
     monkeypatch.setitem(cdr_api.FEED, "new_filter", str)
     for response in (page, poll):

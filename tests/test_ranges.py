@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-import cdr_api
+from cdr.ranges import offset, parse_moment
 from tests.conftest import Client, Database, DatabaseMaker, problem
 
 
@@ -126,11 +126,11 @@ MINUTES = st.datetimes(datetime(2024, 1, 1), datetime(2027, 1, 1)).map(lambda t:
 def test_ranges_written_one_after_the_other_leave_no_gap(name: str, minute: datetime) -> None:
     """What a range ends with, the range of the next minute begins with; they overlap only in a doubled hour."""
     zone = ZoneInfo(name)
-    last = cdr_api.parse_moment(minute.isoformat(" ", "minutes"))
-    following = cdr_api.parse_moment((minute + timedelta(minutes=1)).isoformat(" ", "minutes"))
+    last = parse_moment(minute.isoformat(" ", "minutes"))
+    following = parse_moment((minute + timedelta(minutes=1)).isoformat(" ", "minutes"))
     end, start = last.end(zone), following.first(zone)
-    doubled = cdr_api.offset(minute, zone, 0) > cdr_api.offset(minute, zone, 1)
-    next_doubled = cdr_api.offset(following.start, zone, 0) > cdr_api.offset(following.start, zone, 1)
+    doubled = offset(minute, zone, 0) > offset(minute, zone, 1)
+    next_doubled = offset(following.start, zone, 0) > offset(following.start, zone, 1)
     assert start == end or ((doubled or next_doubled) and start < end)
     assert last.first(zone) <= end
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-import cdr_api
 import demo
+from cdr.selection import BOOLEANS, FIELDS, INTEGERS, NUMBERS
 from tests.conftest import Database, DatabaseMaker, problem
 
 
@@ -125,7 +125,7 @@ def test_rows_of_fusionpbxs_own_importer(make_database: DatabaseMaker) -> None:
         )
         assert call["missed_call"] == {"f": False, "t": True, "": None}[row["missed_call"]]
         assert call["rtp_audio_in_mos"] == 4.5
-        strings = set(cdr_api.FIELDS) & set(row) - cdr_api.INTEGERS - cdr_api.NUMBERS - cdr_api.BOOLEANS
+        strings = set(FIELDS) & set(row) - INTEGERS - NUMBERS - BOOLEANS
         for name in strings - {"start_stamp", "answer_stamp", "end_stamp"}:
             assert (call[name] or "") == row[name], name
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cdr_admin import check_files
+from cdr.check import check_files
 from tests.conftest import PASSWORD, Client, Database, DatabaseMaker, Gunicorn, serve, wait_for
 from tests.test_commands import check
 from tests.test_stream import active_copies, calls_url, curl, open_stream
@@ -125,7 +125,7 @@ def test_check_tells_how_requests_come_in(make_database: DatabaseMaker) -> None:
     assert status == 1
     assert "CDR_API_PROXIES is 0" in lines["proxies"]
     assert "proxy_http_version 1.1" in lines["HTTP version"]
-    database.execute("UPDATE cdr_api.notices SET seen_at = now() - interval '25 hours'")
+    database.execute("UPDATE cdr_api.warnings SET seen_at = now() - interval '25 hours'")
     assert check(app)[0] == 0
 
 

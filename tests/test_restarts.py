@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 from collections import Counter
@@ -17,7 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 
 import demo
-from tests.conftest import UNTIL, Database, DatabaseMaker, Gunicorn, serve, wait_for
+from tests.conftest import ROOT, UNTIL, Database, DatabaseMaker, Gunicorn, serve, wait_for
 from tests.servers import Download, fetch, slow
 from tests.test_stream import active_copies, calls_url
 
@@ -200,3 +201,30 @@ def test_a_thousand_clients_that_go_away_leave_nothing_behind(database: Database
         list(pool.map(lambda token: go_away(gunicorn, token, 250), tokens))
         # The very sessions that were there before: none was given up, none made anew.
         wait_for(lambda: count_resources(database, gunicorn) == before)
+
+
+CHANGES = [
+    ("cdr_api.py", '{"status": "ok"}', '{"status": "new"}'),
+    ("cdr/parsing.py", "is not a parameter of this route", "is new in parsing"),
+    ("cdr/errors.py", '"success": False', '"success": "new in errors"'),
+]
+
+
+def test_a_reload_takes_new_code_of_every_file(database: Database, tmp_path: Path) -> None:
+    """The engine's files too, of which gunicorn's own process has loaded some."""
+    for pattern in ("*.py", "*.sql", "openapi.json", "cdr", "pages"):
+        for source in ROOT.glob(pattern):
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / source.name)
+    with serve(database.dsn, folder=tmp_path) as gunicorn:
+
+        def answers() -> str:
+            paths = ("/api/health", "/api/health?nonsense=1")
+            return "".join(fetch(gunicorn.url + path).text for path in paths)
+
+        assert "new" not in answers()
+        for name, old, new in CHANGES:
+            text = (tmp_path / name).read_text("utf-8")
+            assert text.count(old) == 1
+            (tmp_path / name).write_text(text.replace(old, new), "utf-8")
+        gunicorn.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: all(part in answers() for part in ('"new"', "is new in parsing", "new in errors")))

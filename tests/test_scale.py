@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
-import cdr_admin
+from cdr.check import find_plan
 from tests.conftest import ROOT, Client, Database, DatabaseMaker
 
 # The statements of SCALING.md that make v_xml_cdr a partitioned table.
@@ -50,7 +50,7 @@ def feed(client: Client) -> list[str]:
 def read_partitions(database: Database, start: str, end: str) -> set[str]:
     """The partitions in the plan of a range of one domain, which an index serves."""
     with psycopg.connect(database.dsn, row_factory=dict_row) as connection:
-        nodes = list(cdr_admin.find_plan(connection, start, end))
+        nodes = list(find_plan(connection, start, end))
     assert "end_stamp" in " ".join(node.get("Index Cond", "") for node in nodes)
     return {node["Relation Name"] for node in nodes if "Relation Name" in node}
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-import cdr_api
+from cdr.accounts import digest_token
+from cdr.stream import FORMATS
 from tests.conftest import PASSWORD, ROOT, Client, Database, DatabaseMaker, problem, serve, wait_for
 from tests.test_stream import curl
 
@@ -100,7 +101,7 @@ def expire(client: Client, _run: Callable[..., Any], _email: str) -> None:
     accounts = client.app.extensions["cdr_api"].accounts
     with accounts.connection() as connection:
         connection.execute(
-            "UPDATE cdr_api.tokens SET expires_at = now() WHERE digest = %s", [cdr_api.digest_token(client.token or "")]
+            "UPDATE cdr_api.tokens SET expires_at = now() WHERE digest = %s", [digest_token(client.token or "")]
         )
 
 
@@ -147,7 +148,7 @@ def test_a_dump_of_the_side_tables_holds_nothing_that_opens_a_door(database: Dat
     assert "dumped@example.com" in dump
     for secret in (token, token.removeprefix("cdr_"), PASSWORD):
         assert secret not in dump
-    digest = cdr_api.digest_token(token).hex()
+    digest = digest_token(token).hex()
     assert digest in dump
     for tried in (digest, f"cdr_{digest}", f"\\x{digest}"):
         assert database.client(tried).get("/api/domains").status_code == 401
@@ -192,7 +193,7 @@ def test_a_column_that_fusionpbx_adds_is_not_served(make_database: DatabaseMaker
     database = make_database(calls=30)
     client = database.client(database.account("alpha.example.com"))
     database.execute("ALTER TABLE v_xml_cdr ADD internal_margin text DEFAULT 'a secret of tomorrow'")
-    for kind in cdr_api.FORMATS:
+    for kind in FORMATS:
         response = client.get("/api/calls", domain_name="alpha.example.com", format=kind)
         assert response.status_code == 200
         assert b"tomorrow" not in response.data

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-import cdr_api
-from tests.conftest import ROOT, free_port, serve, wait_for
+from cdr.settings import SettingError, Settings
+from cdr.statements import STATEMENTS
+from tests.conftest import ROOT, SOURCES, free_port, serve, wait_for
 
 DSN = {"CDR_API_DSN": "dbname=fusionpbx"}
 
 
 def test_defaults() -> None:
-    settings = cdr_api.Settings.from_environ(DSN | {"CDR_API_TIMEZONE": " "})
+    settings = Settings.from_environ(DSN | {"CDR_API_TIMEZONE": " "})
     assert (settings.dsn, settings.calls_dsn, settings.registration, settings.register_domains) == (
         "dbname=fusionpbx",
         "",
@@ -30,7 +31,7 @@ def test_defaults() -> None:
 
 
 def test_values_are_read_as_strings() -> None:
-    settings = cdr_api.Settings.from_environ(
+    settings = Settings.from_environ(
         {
             "CDR_API_DSN": "postgresql://u:123@h/d",
             "CDR_API_REGISTER_DOMAINS": " a.example , b.example,",
@@ -72,8 +73,8 @@ WRONG = [
 
 @pytest.mark.parametrize(("environ", "name"), WRONG, ids=[str(list(w[0].items())[-1:]) for w in WRONG])
 def test_a_wrong_value_is_named_with_what_is_allowed(environ: dict[str, str], name: str) -> None:
-    with pytest.raises(cdr_api.SettingError) as raised:
-        cdr_api.Settings.from_environ(environ)
+    with pytest.raises(SettingError) as raised:
+        Settings.from_environ(environ)
     assert str(raised.value).startswith(f"{name} ")
     assert "must" in str(raised.value) or "is not" in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -81,14 +82,14 @@ def test_a_wrong_value_is_named_with_what_is_allowed(environ: dict[str, str], na
 
 def test_every_setting_has_a_wrong_value_above() -> None:
     taking_anything = {"CDR_API_REGISTER_DOMAINS"}
-    assert {f"CDR_API_{name.upper()}" for name in cdr_api.Settings.__dataclass_fields__} == {
+    assert {f"CDR_API_{name.upper()}" for name in Settings.__dataclass_fields__} == {
         w[1] for w in WRONG
     } | taking_anything
 
 
 def test_a_slip_of_the_pen_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        cdr_api.Settings.from_environ(DSN | {"CDR_API_REGISTER_DOMAIN": "*"})
+        Settings.from_environ(DSN | {"CDR_API_REGISTER_DOMAIN": "*"})
     assert "CDR_API_REGISTER_DOMAIN is not a setting" in caplog.text
 
 
@@ -117,15 +118,14 @@ def test_a_database_that_cannot_be_reached_is_one_line_in_the_log() -> None:
 def test_statements_are_used_and_defined_once() -> None:
     text = Path(ROOT / "queries.sql").read_text("utf-8")
     names = re.findall(r"^-- name: (.*)$", text, re.MULTILINE)
-    assert len(names) == len(set(names)) == len(cdr_api.STATEMENTS)
+    assert len(names) == len(set(names)) == len(STATEMENTS)
     assert all(re.fullmatch(r"[a-z]+(_[a-z]+)*", name) for name in names)
-    code = (ROOT / "cdr_api.py").read_text("utf-8") + (ROOT / "cdr_admin.py").read_text("utf-8")
+    code = "".join(path.read_text("utf-8") for path in SOURCES)
     unused = [name for name in names if f'"{name}"' not in code]
     assert unused == []
-    used = set(
-        re.findall(r'(?:\.rows|STATEMENTS\[|\brun\(connection, |build_query\(\s*connection,\s*)\(?\s*"(\w+)"', code)
-    )
+    used = set(re.findall(r'(?:\.rows\(|STATEMENTS\[|\brun\(connection, )\s*"(\w+)"', code))
+    assert len(used) > 30
     assert used <= set(names)
     # One ";" closes each; anything behind it would be lost.
-    for name, statement in cdr_api.STATEMENTS.items():
+    for name, statement in STATEMENTS.items():
         assert not statement.as_string().rstrip().endswith(";"), name

@@ -18,7 +18,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-import cdr_api
+from cdr.stream import JsonEncoder
 from tests.conftest import Client, Database, DatabaseMaker, Gunicorn, problem, serve, wait_for
 
 TEXT_COLUMNS = ("caller_id_name", "last_arg", "xml", "accountcode")
@@ -97,8 +97,8 @@ def test_rows_are_taken_apart_by_cells(rows: list[list[str]]) -> None:
     def cell(text: str) -> bytes:
         return b'"' + text.encode().replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"'
 
-    encoder = cdr_api.JsonRows(["a", "b", "c"], b",\n")
-    text = encoder.encode([memoryview(b"\x7f".join(map(cell, row)) + b"\n") for row in rows], b"[")
+    encoder = JsonEncoder(["a", "b", "c"], b",\n")
+    text = encoder([memoryview(b"\x7f".join(map(cell, row)) + b"\n") for row in rows], b"[")
     assert json.loads(text + b"]") == [dict(zip("abc", row, strict=True)) for row in rows]
 
 
@@ -215,17 +215,10 @@ def test_closing_a_stream_cancels_the_query_and_keeps_the_connection(large: Data
 def test_the_transaction_is_read_only_and_at_one_snapshot(
     large: Database, token: str, *, alone: bool, others: str
 ) -> None:
-    app = large.app()
-    values = {
-        "alone": alone,
-        "statement_timeout": 5000,
-        "enable_sort": "on",
-        "time_zone": "Asia/Kolkata",
-        "account_id": 1,
-        "streams": 1,
-    }
-    with app.extensions["cdr_api"].calls.connection() as connection:
-        assert cdr_api.begin(connection, values) is True
+    service = large.app(CDR_API_STATEMENT_TIMEOUT="5s", CDR_API_TIMEZONE="Asia/Kolkata").extensions["cdr_api"]
+    with service.calls.connection() as connection:
+        values = {**service.reading_parameters(sort=True), "account_id": 1, "alone": alone}
+        assert service.begin(connection, values) is True
         for name, value in [
             ("transaction_read_only", "on"),
             ("transaction_isolation", "repeatable read"),

@@ -19,7 +19,7 @@ from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from cdr_api import FIELDS, INTEGERS, NUMBERS
+from cdr.selection import FIELDS, INTEGERS, NUMBERS
 
 STAMPS = {name for name in FIELDS if name.endswith("_stamp")}
 NUMERIC = INTEGERS | NUMBERS | {"hangup_cause_q850"} | {name for name in FIELDS if name.endswith("_epoch")}

@@ -1,0 +1,269 @@
+"""Accounts: passwords, bearer tokens, and how often a login may be tried."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import ipaddress
+import json
+import logging
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import psycopg
+from psycopg import sql
+from werkzeug.security import check_password_hash, generate_password_hash
+
+from cdr.database import Connection, prepare, run, select_prepared
+from cdr.errors import ApiError, ValidationErrors, refuse
+from cdr.service import Service
+from cdr.statements import STATEMENTS, number_placeholders
+
+log = logging.getLogger("cdr_api")
+
+UNAUTHENTICATED = {"WWW-Authenticate": "Bearer"}
+
+
+# Tokens -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Account:
+    """Who asks: the account of the presented token.
+
+    With it, in one round trip, what decides whether it may read the domain that
+    the request names.
+    """
+
+    account_id: int
+    token_id: int
+    all_domains: bool
+    domains: int = 0
+    granted: int = 0
+    domain_uuids: list[str] | None = None
+    other_uuids: list[str] | None = None
+
+
+def digest_token(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
+
+
+def authenticate(service: Service, token: str, domain_name: str) -> Account | None:
+    """The account of a live token, or None; with it what is known of a domain, unless the name is empty."""
+    found = find_token(service, digest_token(token), domain_name)
+    if found and found.pop("stale"):
+        touch_token(service, found["token_id"])
+    return Account(**found) if found else None
+
+
+def find_token(service: Service, digest: bytes, domain_name: str) -> dict[str, Any] | None:
+    parameters = {"digest": b"\\x" + digest.hex().encode()}
+    if domain_name and "\0" not in domain_name:  # else it will be refused
+        parameters["domain_name"] = domain_name.encode()
+    query = compose_authenticate(for_domain="domain_name" in parameters)
+    with service.accounts.connection() as connection:
+        if connection.prepared is None:
+            row = connection.execute(query, {"digest": digest, "domain_name": domain_name}).fetchone()
+            return json.loads(row["found"]) if row else None
+        name = prepare(connection, connection.prepared, number_placeholders(query, parameters))
+        rows = select_prepared(connection, name, list(parameters.values()))
+        return json.loads(rows[0]) if rows else None
+
+
+@functools.cache
+def compose_authenticate(*, for_domain: bool) -> str:
+    """The statement that find_token runs."""
+    query: sql.Composable = STATEMENTS["authenticate"]
+    if for_domain:
+        query = STATEMENTS["authenticate_for_domain"].format(authenticate=query)
+    return STATEMENTS["as_json"].format(query=query).as_string()
+
+
+def touch_token(service: Service, token_id: int) -> None:
+    """Notes the token's use. Reading calls goes on where this cannot be written."""
+    try:
+        service.accounts.rows("touch_token", token_id=token_id)
+    except psycopg.Error as error:
+        log.warning("the use of token %s was not noted: %s", token_id, str(error).strip())
+
+
+def new_token(connection: Connection, account_id: int, days: int) -> str | None:
+    """Makes a token, good for so many days (0: for ever); None if disabled."""
+    run(connection, "delete_expired_tokens", account_id=account_id)
+    token = "cdr_" + secrets.token_urlsafe(32)
+    made = run(connection, "insert_token", account_id=account_id, digest=digest_token(token), days=days)
+    return token if made else None
+
+
+# Login attempts ---------------------------------------------------------------
+
+
+def name_network(address: str) -> str:
+    """What stands for one client: an IPv4 address, or the /64 that an IPv6 address lies in."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if found.version == 6 and found.ipv4_mapped:
+        return str(found.ipv4_mapped)
+    return str(ipaddress.ip_network((found, 64 if found.version == 6 else 32), strict=False))
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One login: counted as failed, for its account and for its address, before it is made.
+
+    Before, so that of many at the same time no more get through. Digests, since
+    what stands in the field for an e-mail address may be a password.
+    """
+
+    account: bytes
+    address: bytes | None
+
+    @classmethod
+    def count(cls, service: Service, key: str, address: str | None) -> Attempt:
+        """Counts an attempt; ApiError 429 if the account or the address has to wait."""
+        attempt = cls(
+            digest_token("account " + key), digest_token("address " + name_network(address)) if address else None
+        )
+        keys = sorted(filter(None, (attempt.account, attempt.address)))
+        with service.accounts.connection() as connection, connection.transaction():
+            run(connection, "delete_old_attempts")
+            if len(run(connection, "count_attempt", keys=keys)) < len(keys):
+                seconds = run(connection, "find_wait", keys=keys)[0]["seconds"]
+                service.report_failure(key, address)
+                message = f"Too many logins failed: wait {seconds} seconds."
+                raise ApiError(429, message, headers={"Retry-After": str(seconds)})
+        return attempt
+
+    def forgive(self, connection: Connection) -> None:
+        """Takes a right login out of the count: all of the account's, this one of the address's.
+
+        Else whoever has one account could guess at others for ever.
+        """
+        run(connection, "delete_attempts", key=self.account)
+        run(connection, "undo_attempt", key=self.address)
+
+
+# Accounts ---------------------------------------------------------------------
+
+# What an unknown address is checked against: of a password that nobody knows, at the same cost as others.
+ABSENT_HASH = (
+    "scrypt:32768:8:1$zm4q2muSoARoYrL9$"
+    "649443107f8f983995c1bcb79319afef05889bab7976471a89027bbd454f594b"
+    "f05aacd60d049407b037e4467cf5e00f0e539d49c9410ca3e6dceb1985a0193a"
+)
+
+
+def email_key(email: str) -> str:
+    """What addresses are compared by: no regard to case and outer blanks."""
+    return email.strip().lower()
+
+
+def parse_email(text: str) -> str:
+    email = text.strip()
+    if len(email) > 254 or not email.isprintable() or not re.fullmatch(r"[^@\s]+@[^@\s]+", email):
+        raise ValueError("must be an e-mail address of at most 254 characters")
+    return email
+
+
+def parse_name(text: str) -> str:
+    name = text.strip()
+    if not 1 <= len(name) <= 255 or not name.isprintable():
+        raise ValueError("must be 1 to 255 printable characters")
+    return name
+
+
+def check_password(password: str, email: str) -> None:
+    """Raises ValueError unless the password keeps the rule of docs/api.md."""
+    named = (str.islower, str.isupper, str.isdigit)
+    kinds = (*named, lambda c: not any(kind(c) for kind in named))
+    variety = sum(any(kind(c) for c in password) for kind in kinds)
+    if len(password.encode()) > 1024:
+        raise ValueError("must be at most 1024 bytes long")
+    if not (len(password) >= 20 or (len(password) >= 12 and variety >= 3)):
+        raise ValueError(
+            "must have at least 12 characters with three of lower case, upper case, digits and others, "
+            "or at least 20 of any kind"
+        )
+    local = email.partition("@")[0].lower()
+    if len(local) >= 4 and local in password.lower():
+        raise ValueError("must not contain the name part of the e-mail address")
+
+
+def check_new_password(values: Mapping[str, str]) -> None:
+    """ApiError 422 unless the password of a registration keeps the rule and was typed twice."""
+    errors = ValidationErrors()
+    try:
+        check_password(values["password"], values["email"])
+    except ValueError as error:
+        errors.add("password", str(error))
+    if values["password"] != values["password_confirmation"]:
+        errors.add("password_confirmation", "is not the same as password")
+    errors.raise_if_any()
+
+
+def add_account(
+    connection: Connection, name: str, email: str, password: str, *, all_domains: bool
+) -> dict[str, Any] | None:
+    """Makes an account; None if the address is taken."""
+    made = run(
+        connection,
+        "insert_account",
+        name=name,
+        email=email,
+        email_key=email_key(email),
+        password_hash=generate_password_hash(password),
+        all_domains=all_domains,
+    )
+    return made[0] if made else None
+
+
+def register(service: Service, values: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """A new account with a token, from checked values; ApiError 422 if the address is taken."""
+    settings = service.settings
+    all_domains = settings.register_domains == ("*",)
+    with service.accounts.connection() as connection, connection.transaction():
+        account = add_account(connection, values["name"], values["email"], values["password"], all_domains=all_domains)
+        if not account:
+            refuse("email", "has already been taken")
+        names = list(settings.register_domains)
+        run(connection, "upsert_grants", account_id=account["account_id"], domain_names=names)
+        token = new_token(connection, account["account_id"], settings.token_days)
+    return account, token or ""
+
+
+def log_in(service: Service, email: str, password: str, address: str | None) -> tuple[dict[str, Any], str]:
+    """The account of a right login with a new token; ApiError 401 for a wrong one, 429 after too many."""
+    key = email_key(email)
+    attempt = Attempt.count(service, key, address)
+    found = service.accounts.rows("find_account", email_key=key)
+    account: dict[str, Any] = found[0] if found else {"password_hash": ABSENT_HASH, "disabled_at": None}
+    right = check_password_hash(account["password_hash"], password)
+    token = None
+    if found and right and not account["disabled_at"]:
+        with service.accounts.connection() as connection, connection.transaction():
+            attempt.forgive(connection)
+            token = new_token(connection, account["account_id"], service.settings.token_days)
+    if not token:
+        service.report_failure(key, address)
+        raise ApiError(401, "The e-mail address or the password is wrong.", headers=UNAUTHENTICATED)
+    return account, token
+
+
+def show_login(account: Mapping[str, Any], token: str) -> dict[str, Any]:
+    """The body of an answer to register or login."""
+    user = {
+        "id": account["account_id"],
+        "name": account["name"],
+        "email": account["email"],
+        "email_verified_at": None,
+        "created_at": show_stamp(account["created_at"]),
+        "updated_at": show_stamp(account["updated_at"]),
+    }
+    return {"user": user, "token": token, "success": True}
+
+
+def show_stamp(stamp: datetime) -> str:
+    return stamp.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -1,0 +1,282 @@
+"""The connections of a worker to PostgreSQL, and all that is done below psycopg's own surface.
+
+Whatever uses libpq directly (pgconn, generators) or a name that psycopg keeps to
+itself stands in this file, so that a new psycopg is looked at in one place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import select
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+from psycopg import conninfo, generators, pq, sql
+from psycopg.abc import RV, PQGen
+from psycopg.rows import dict_row
+from psycopg_pool import ConnectionPool, PoolTimeout
+
+from cdr.settings import Settings
+from cdr.statements import STATEMENTS
+
+CONNECTION_DEFAULTS = {
+    "application_name": "cdr_api",
+    "connect_timeout": "5",  # seconds, as are the next two: a dead host is noticed within a minute
+    "keepalives_idle": "30",
+    "keepalives_interval": "10",
+    "keepalives_count": "3",
+}
+# How long a server may say nothing when it looks up a few rows, in seconds.
+LOOKUP_SECONDS = 10.0
+# How long a request waits for a server that is known to be away, in seconds.
+AWAY_SECONDS = 0.1
+# So many statements are prepared on a connection: each takes PostgreSQL half a megabyte.
+MOST_PREPARED = 10
+BATCH_BYTES = 32 * 1024  # of COPY output; larger batches leave the processor's cache
+
+Connection = psycopg.Connection[dict[str, Any]]
+
+
+class PooledConnection(Connection):
+    """A connection that gives up a server which says nothing for silence_seconds.
+
+    TCP notices a host that is gone, but not a server process that hangs.
+    """
+
+    silence_seconds = LOOKUP_SECONDS
+    has_stream_slot = True  # whether its transaction holds one of the account's
+    indexed = False  # whether an index brings a domain's calls in their order
+    # The name of each statement that is prepared on it, by its text; None: there must be none.
+    prepared: dict[str, str] | None = None
+
+    def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
+        try:
+            return super().wait(gen, interval, timeout or self.silence_seconds)
+        except psycopg.errors._WaitTimeout:  # noqa: SLF001 (psycopg has no public name for it)
+            self.close()
+            raise psycopg.OperationalError("the server does not answer") from None
+
+
+def connect(dsn: str) -> Connection:
+    """A connection outside a pool, for commands."""
+    # Prepared statements would conflict with PgBouncer.
+    return psycopg.connect(dsn, row_factory=dict_row, connect_timeout=5, client_encoding="UTF8", prepare_threshold=None)
+
+
+def run(connection: Connection, statement: str, **parameters: Any) -> list[dict[str, Any]]:
+    """The rows of a statement of queries.sql on a connection in hand."""
+    cursor = connection.execute(STATEMENTS[statement], parameters)
+    return cursor.fetchall() if cursor.rownumber is not None else []
+
+
+# Pools ------------------------------------------------------------------------
+
+
+class Database:
+    """The connections of one worker to one server, opened at first use.
+
+    At first use and not before, so that no connection is shared over a fork.
+    Nothing is set for longer than a transaction, and statements are prepared on
+    the server only where it is ours alone, so that PgBouncer may pool transactions.
+    """
+
+    def __init__(self, dsn: str, settings: Settings) -> None:
+        given = conninfo.conninfo_to_dict(dsn)
+        defaults = {name: value for name, value in CONNECTION_DEFAULTS.items() if name not in given}
+        self.timeout = settings.pool_timeout / 1000
+        self.reachable = True
+        self.pool: ConnectionPool[PooledConnection] = ConnectionPool(
+            conninfo.make_conninfo(dsn, **defaults),
+            connection_class=PooledConnection,
+            kwargs={
+                "autocommit": True,
+                "prepare_threshold": None,
+                "row_factory": dict_row,
+                "client_encoding": "UTF8",
+            },
+            min_size=0,
+            max_size=settings.threads,
+            reconnect_timeout=0,
+            configure=self.examine,
+            reconnect_failed=lambda _pool: self.note(reachable=False),
+            open=False,
+        )
+
+    def note(self, *, reachable: bool) -> None:
+        """Keeps in mind how the last attempt to connect ended."""
+        self.reachable = reachable
+
+    def examine(self, connection: PooledConnection) -> None:
+        """Looks for the index, and lets statements be prepared on a connection whose server process is its own.
+
+        A PgBouncer tells a number of its own as that of the process.
+        """
+        self.note(reachable=True)
+        found = run(connection, "examine_session")[0]
+        connection.indexed = found["indexed"]
+        connection.prepared = {} if found["pid"] == connection.info.backend_pid else None
+
+    @contextmanager
+    def connection(self) -> Iterator[PooledConnection]:
+        """A checked connection in autocommit mode.
+
+        Raises psycopg.OperationalError when none is to be had in time.
+        """
+        connection = self.borrow()
+        try:
+            yield connection
+        finally:
+            self.give_back(connection)
+
+    def borrow(self) -> PooledConnection:
+        """A checked connection, to be handed back by give_back."""
+        self.pool.open()
+        while not is_alive(connection := self.take()):
+            connection.close()
+            self.pool.putconn(connection)  # which makes a new one
+        return connection
+
+    def take(self) -> PooledConnection:
+        """A connection of the pool; while the server is away the wait is short.
+
+        In pieces, since a failure to connect does not end the pool's wait.
+        """
+        deadline = time.monotonic() + self.timeout
+        while True:
+            try:
+                return self.pool.getconn(timeout=AWAY_SECONDS)
+            except PoolTimeout:
+                if not self.reachable or time.monotonic() >= deadline:
+                    raise
+
+    def give_back(self, connection: PooledConnection) -> None:
+        """Takes a connection in any state: cancels what runs on it, rolls back."""
+        connection.silence_seconds = LOOKUP_SECONDS
+        end_transaction(connection)
+        self.pool.putconn(connection)
+
+    def rows(self, statement: str, **parameters: Any) -> list[dict[str, Any]]:
+        """The rows of one statement of queries.sql, run by itself."""
+        with self.connection() as connection:
+            return run(connection, statement, **parameters)
+
+    def close(self) -> None:
+        self.pool.close()
+
+
+# libpq ------------------------------------------------------------------------
+
+
+def is_alive(connection: Connection) -> bool:
+    """Whether an idle connection still has its server, without a round trip.
+
+    An idle server says nothing: bytes that wait, or the end of the stream, mean
+    that it has closed the connection.
+    """
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN)
+    return not poll.poll(0)
+
+
+def end_transaction(connection: Connection) -> None:
+    """Makes a connection fit for the pool again: cancels what runs, rolls back."""
+    pgconn = connection.pgconn
+    try:
+        if pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+            connection.cancel_safe(timeout=5)
+            for _ in copy_rows(pgconn, milliseconds=5_000):
+                pass
+            connection.wait(generators.fetch_many(pgconn), timeout=5)
+        if pgconn.transaction_status != pq.TransactionStatus.IDLE:
+            connection.rollback()
+    except psycopg.Error:
+        connection.close()
+
+
+def prepare(connection: PooledConnection, prepared: dict[str, str], query: str) -> str:
+    """The name under which a query with $1, $2, … is prepared on the connection, now at the latest.
+
+    psycopg is not told: of its own prepared statements it leaves behind those that fail.
+    """
+    if query not in prepared:
+        if len(prepared) >= MOST_PREPARED:
+            oldest = next(iter(prepared))
+            connection.execute(STATEMENTS["deallocate"].format(name=sql.Identifier(prepared[oldest])))
+            del prepared[oldest]
+        name = "cdr_api_" + hashlib.sha256(query.encode()).hexdigest()[:16]
+        connection.execute(STATEMENTS["prepare"].format(name=sql.Identifier(name), query=sql.SQL(query)))
+        prepared[query] = name
+    return prepared[query]
+
+
+def select_prepared(connection: PooledConnection, name: str, parameters: Sequence[bytes]) -> list[bytes]:
+    """The only column of a prepared statement's rows, by the extended protocol.
+
+    Not by EXECUTE, to which a table that was being rewritten would look empty.
+    """
+    connection.pgconn.send_query_prepared(name.encode(), list(parameters))
+    return first_column(check_results(connection.wait(generators.execute(connection.pgconn))))
+
+
+def select_before_commit(connection: PooledConnection, query: bytes) -> list[bytes]:
+    """The only column of the last SELECT in a query of several statements that ends with COMMIT."""
+    connection.pgconn.send_query(query)
+    results: list[pq.abc.PGresult] = connection.wait(generators.execute(connection.pgconn))
+    check_results(results)
+    return first_column(results[-2])
+
+
+def first_column(result: pq.abc.PGresult) -> list[bytes]:
+    return [result.get_value(row, 0) or b"" for row in range(result.ntuples)]
+
+
+def check_results(results: list[pq.abc.PGresult]) -> pq.abc.PGresult:
+    """The last result of a query's statements so far; raises psycopg.Error if one failed."""
+    for result in results:
+        if result.status == pq.ExecStatus.FATAL_ERROR:
+            raise psycopg.errors.error_from_result(result, encoding="utf-8")
+    return results[-1]
+
+
+def copy_rows(pgconn: pq.abc.PGconn, milliseconds: int) -> Iterator[memoryview]:
+    """The rows of the COPY that runs, its end of success or failure not yet read.
+
+    Raises psycopg.OperationalError when nothing comes for so long.
+    """
+    poll = select.poll()
+    poll.register(pgconn.socket, select.POLLIN)
+    while (found := pgconn.get_copy_data(1))[0] >= 0:
+        if found[0]:
+            yield found[1]
+        elif poll.poll(milliseconds):
+            pgconn.consume_input()
+        else:
+            raise psycopg.OperationalError("the server stopped in the middle of its answer")
+
+
+def copy_batches(connection: PooledConnection, query: bytes) -> Iterator[list[memoryview]]:
+    """The rows of the COPYs in a query, some BATCH_BYTES of them at a time.
+
+    The last batch comes only after PostgreSQL reported success for all of the
+    query. Raises psycopg.Error when it reports anything else. Polling libpq for
+    what has arrived already takes a third less time than psycopg's Copy, which
+    comes back to Python's event loop for every row.
+    """
+    pgconn = connection.pgconn
+    pgconn.send_query(query)
+    results = connection.wait(generators.execute(pgconn))
+    rows: list[memoryview] = []
+    size = 0
+    while check_results(results).status == pq.ExecStatus.COPY_OUT:
+        for row in copy_rows(pgconn, int(connection.silence_seconds * 1000)):
+            rows.append(row)
+            size += len(row)
+            if size >= BATCH_BYTES:
+                yield rows
+                rows, size = [], 0
+        results = connection.wait(generators.fetch_many(pgconn))
+    if rows:
+        yield rows

@@ -1,0 +1,139 @@
+"""What a worker holds, handed to whatever needs it; and the transaction that an answer reads in."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psycopg
+
+from cdr.database import LOOKUP_SECONDS, Database, PooledConnection
+from cdr.errors import ApiError, refuse
+from cdr.requestlog import AuthLog, RequestLog
+from cdr.settings import Settings
+from cdr.statements import STATEMENTS, mogrify
+
+log = logging.getLogger("cdr_api")
+
+REPEAT_SECONDS = 3600  # until the same warning is written again
+
+
+class Service:
+    """The settings, the pools, the stream slots, the logs and the signing key of a worker."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        # Two connections are kept for short answers, as far as there are so many.
+        self.stream_slots = threading.BoundedSemaphore(max(1, settings.threads - 2))
+        self.request_log = RequestLog(settings.log)
+        self.auth_log = AuthLog(settings.syslog) if settings.syslog != "off" else None
+        self.warned: dict[str, float] = {}  # when each warning was last written, by time.monotonic()
+        self.fallbacks: set[tuple[str, str]] = set()
+        self.accounts = Database(settings.dsn, settings)
+        self.calls = Database(settings.calls_dsn, settings) if settings.calls_dsn else self.accounts
+
+    @functools.cached_property
+    def time_zone(self) -> str:
+        """The name of the zone that stamps are shown and read in."""
+        if self.settings.timezone:
+            return self.settings.timezone
+        with self.calls.connection() as connection:
+            return connection.info.parameter_status("TimeZone") or "UTC"
+
+    @functools.cached_property
+    def secret(self) -> bytes:
+        """The key that signs cursors, the same on every worker and machine."""
+        if not self.accounts.rows("find_secret", name="cursor"):
+            self.accounts.rows("insert_secret", name="cursor", value=secrets.token_bytes(32))
+        return bytes(self.accounts.rows("find_secret", name="cursor")[0]["value"])
+
+    def close(self) -> None:
+        """Ends the pools, and with them their threads."""
+        self.accounts.close()
+        self.calls.close()
+
+    # Told to the operator
+
+    def warn(self, name: str, text: str) -> None:
+        """Writes down, once an hour, that requests arrive in another way than they should; flask check tells it."""
+        now = time.monotonic()
+        if now - self.warned.get(name, -REPEAT_SECONDS) < REPEAT_SECONDS:
+            return
+        self.warned[name] = now
+        log.warning("%s: %s", name, text)
+        with suppress(psycopg.Error):
+            self.accounts.rows("upsert_warning", name=name, text=text)
+
+    def report_failure(self, name: str, address: str | None) -> None:
+        """Tells syslog of a login or token that was wrong, if the client's address is known."""
+        if self.auth_log and address:
+            self.auth_log.report(address, name)
+
+    def note_fallback(self, statement: str, error: psycopg.Error) -> None:
+        """Counts that a prepared statement failed, and logs it the first time for each reason.
+
+        An answer that always falls back costs twice, and looks right.
+        """
+        reason = error.sqlstate or type(error).__name__
+        if (statement, reason) not in self.fallbacks:
+            self.fallbacks.add((statement, reason))
+            log.warning("%s cannot be run prepared and is streamed instead (%s): %s", statement, reason, error)
+        for observer in self.request_log.observers:
+            observer.fallback(statement, reason)
+
+    # Reading calls
+
+    @contextmanager
+    def reading(self, account_id: int, *, sort: bool, zone: str | None = None) -> Iterator[PooledConnection]:
+        """A connection for calls in a transaction of its own; both are the block's to end or hand on.
+
+        Takes the connection back if the block fails. sort: whether the planner may
+        sort instead of going through an index in its order. zone: that of stamps.
+
+        Where the account has as many long answers under way as it may have, a
+        statement gets a second; then ApiError 429.
+        """
+        parameters = self.reading_parameters(sort=sort, zone=zone)
+        connection = self.calls.borrow()
+        try:
+            connection.silence_seconds = self.settings.statement_timeout / 1000 + LOOKUP_SECONDS
+            connection.has_stream_slot = self.begin(
+                connection, {**parameters, "account_id": account_id, "alone": connection.indexed and not sort}
+            )
+            yield connection
+        except BaseException as error:
+            out_of_slots = isinstance(error, psycopg.errors.QueryCanceled) and not connection.has_stream_slot
+            self.calls.give_back(connection)  # from here on it may be another request's
+            if out_of_slots:
+                raise self.too_many_streams() from None
+            if isinstance(error, psycopg.errors.InvalidParameterValue) and zone not in (None, self.time_zone):
+                refuse("tz", "is not a time zone that the database knows")
+            raise
+
+    def reading_parameters(self, *, sort: bool, zone: str | None = None) -> dict[str, Any]:
+        """The parameters of begin_read and take_stream_slot that do not depend on the connection."""
+        return {
+            "enable_sort": "on" if sort else "off",
+            "time_zone": zone or self.time_zone,
+            "statement_timeout": self.settings.statement_timeout,
+            "streams": self.settings.account_streams,
+        }
+
+    def begin(self, connection: PooledConnection, parameters: Mapping[str, Any]) -> bool:
+        """Opens a transaction; whether it holds one of the account's stream slots."""
+        begin_read, take_stream_slot = (STATEMENTS[name].as_string() for name in ("begin_read", "take_stream_slot"))
+        cursor = connection.execute(mogrify(connection, f"{begin_read};{take_stream_slot}", parameters))
+        while cursor.nextset():
+            pass
+        return bool(cursor.fetchall()[0]["has_slot"])
+
+    def too_many_streams(self) -> ApiError:
+        limit = self.settings.account_streams
+        message = f"This account has {limit} long answers under way already: wait for one of them to end."
+        return ApiError(429, message, headers={"Retry-After": "5"})

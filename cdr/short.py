@@ -1,0 +1,80 @@
+"""Short answers: a few calls by a prepared statement, in one round trip.
+
+PostgreSQL plans 66 columns longer than it takes to read some calls, and COPY
+cannot be prepared. What the prepared way cannot answer is left to the stream,
+which makes an answer of it, or the right error.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from cdr.database import LOOKUP_SECONDS, PooledConnection, prepare, select_before_commit
+from cdr.selection import Selection, compose_select, typed_column
+from cdr.service import Service
+from cdr.statements import STATEMENTS, mogrify, number_placeholders
+
+# So many calls are made JSON by PostgreSQL; more of them COPY brings in less time.
+SHORT_ROWS = 20
+# And no more bytes: so many the system's buffers hold, however slow the client is.
+SHORT_BYTES = 64 * 1024
+# What takes longer is not going to be short.
+SHORT_MILLISECONDS = 250
+# Parameters whose values stand in the text, as do NULL, true and false: the plan depends on them.
+PLANNED = ("by", "part", "limit", "offset")
+
+
+@functools.lru_cache(maxsize=256)
+def compose_short(fields: tuple[str, ...], fixed: tuple[tuple[str, Any], ...], given: tuple[str, ...]) -> str:
+    """Calls as_json, with the values that the plan depends on in it, and $1, $2, … for the others."""
+    query = STATEMENTS["as_json"].format(query=sql.SQL(compose_select(fields, typed_column))).as_string()
+    return number_placeholders(query, given, {name: sql.Literal(value).as_string() for name, value in fixed})
+
+
+@functools.lru_cache(maxsize=256)
+def compose_run_short(name: str, given: tuple[str, ...]) -> str:
+    """run_short for a prepared statement."""
+    placeholders = sql.SQL(", ").join(map(sql.Placeholder, given))
+    execute = STATEMENTS["execute"].format(name=sql.Identifier(name), values=placeholders)
+    return STATEMENTS["run_short"].format(begin=STATEMENTS["begin_read"], execute=execute).as_string()
+
+
+def execute_short(
+    service: Service,
+    connection: PooledConnection,
+    prepared: dict[str, str],
+    fields: tuple[str, ...],
+    parameters: dict[str, Any],
+) -> list[bytes]:
+    """The rows of compose_short, in one round trip and without planning anew; psycopg.Error if that fails."""
+    fixed = {
+        name: value for name, value in parameters.items() if name in PLANNED or value is None or isinstance(value, bool)
+    }
+    given = tuple(name for name in parameters if name not in fixed)
+    name = prepare(connection, prepared, compose_short(fields, tuple(fixed.items()), given))
+    timeout = min(SHORT_MILLISECONDS, service.settings.statement_timeout)
+    parameters = {**parameters, **service.reading_parameters(sort=False), "timeout": timeout}
+    return select_before_commit(connection, mogrify(connection, compose_run_short(name, given), parameters))
+
+
+def find_short(service: Service, selection: Selection, fields: tuple[str, ...]) -> list[bytes] | None:
+    """The calls of a request, each as JSON; None if they are not few, or that is not known at once."""
+    with service.calls.connection() as connection:
+        # The first PostgreSQL with plan_cache_mode is 12.
+        if connection.prepared is None or not connection.indexed or connection.info.server_version < 120000:
+            return None
+        connection.silence_seconds = service.settings.statement_timeout / 1000 + LOOKUP_SECONDS
+        parameters = replace(selection, limit=SHORT_ROWS + 1).parameters()
+        try:
+            calls = execute_short(service, connection, connection.prepared, fields, parameters)
+        except psycopg.Error as error:
+            if connection.closed:
+                raise
+            service.note_fallback("select_calls", error)
+            return None
+    return calls if len(calls) <= SHORT_ROWS and sum(map(len, calls)) <= SHORT_BYTES else None

@@ -1,0 +1,47 @@
+"""queries.sql by name, and how values get into a statement.
+
+Values travel as parameters, or, in COPY, which takes none, as literals that
+psycopg quotes. What stands in braces in queries.sql is put in from closed lists.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+
+def load_statements(path: Path) -> dict[str, sql.SQL]:
+    """The statements of a file by name; the file's head explains its format."""
+    statements = {}
+    for part in re.split(r"^-- name: ", path.read_text("utf-8"), flags=re.MULTILINE)[1:]:
+        name, _, text = part.partition("\n")
+        lines = [line for line in text.splitlines() if line and not line.startswith("--")]
+        statements[name.strip()] = sql.SQL("\n".join(lines).removesuffix(";"))
+    return statements
+
+
+STATEMENTS = load_statements(Path(__file__).parent.parent / "queries.sql")
+
+
+@functools.lru_cache(maxsize=256)
+def find_placeholders(statement: str) -> frozenset[str]:
+    """The names of a statement's parameters."""
+    return frozenset(re.findall(r"(?<!%)%\((\w+)\)s", statement))
+
+
+def mogrify(connection: psycopg.Connection[Any], statement: str, parameters: Mapping[str, Any]) -> bytes:
+    """A statement with its parameters in it as literals."""
+    literals = {name: sql.Literal(parameters[name]).as_string(connection) for name in find_placeholders(statement)}
+    return (statement % literals).encode()
+
+
+def number_placeholders(query: str, names: Iterable[str], fixed: Mapping[str, str] | None = None) -> str:
+    """A query with $1, $2, … for its parameters, but for those whose text is fixed."""
+    numbers = {name: f"${n}" for n, name in enumerate(names, 1)}
+    return str(query % {**numbers, **(fixed or {})})

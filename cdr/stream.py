@@ -1,0 +1,254 @@
+"""The stream: rows of COPY become JSON, NDJSON or CSV, batch by batch, for a client that may be slow.
+
+To add a format, add an entry to FORMATS, with an encoder if it needs one of its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import re
+import select
+import socket
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NoReturn
+
+import psycopg
+
+from cdr.database import PooledConnection, copy_batches
+from cdr.errors import unavailable
+from cdr.selection import Selection, compose_copy
+from cdr.service import Service
+from cdr.settings import Settings
+from cdr.statements import mogrify
+
+log = logging.getLogger("cdr_api")
+
+# Formats ----------------------------------------------------------------------
+
+DEL = b"\x7f"
+PRINTABLE = bytes(range(32, 256))
+ESCAPES = {control: b"\\u%04x" % control for control in range(32)} | {
+    8: b"\\b",
+    9: b"\\t",
+    10: b"\\n",
+    12: b"\\f",
+    13: b"\\r",
+}
+CELL = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[^\x7f"]+', re.DOTALL)
+
+# Makes bytes of some rows of COPY; the second is what stands before the first row.
+Encode = Callable[[list[memoryview], bytes], bytes]
+
+
+class JsonEncoder:
+    """Turns rows of copy_json (queries.sql) into JSON objects, by the batch.
+
+    Time goes by the cell (66 a call, half of them null), so nothing here
+    handles a cell by itself: one split, one slice assignment and one join
+    serve a batch.
+    """
+
+    def __init__(self, fields: Sequence[str], separator: bytes) -> None:
+        keys = [json.dumps(name).encode() + b":" for name in fields]
+        self.width = len(fields)
+        self.head = b"{" + keys[0]
+        following = [b"}" + separator + self.head, *(b"," + key for key in keys[1:])]
+        self.row = [piece for key in following for piece in (key, b"")]
+
+    def __call__(self, rows: list[memoryview], opening: bytes) -> bytes:
+        """The objects of some rows, the separator between them, opening before them."""
+        text = DEL.join([row[:-1] for row in rows])
+        # Without the rows' own line ends, every control character left stands inside a string.
+        for control in set(text.translate(None, PRINTABLE)):
+            text = text.replace(bytes([control]), ESCAPES[control])
+        cells = text.split(DEL)
+        if len(cells) != self.width * len(rows):  # a value holds the delimiter
+            cells = CELL.findall(text)
+        pieces = self.row * len(rows)
+        pieces[1::2] = cells
+        pieces[0] = opening + self.head
+        pieces.append(b"}")
+        return b"".join(pieces)
+
+
+def join_lines(_fields: Sequence[str], _separator: bytes) -> Encode:
+    """For a format whose lines PostgreSQL has written as they are to be."""
+    return lambda rows, _opening: b"".join(rows)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How calls are written: what stands around and between them, and who encodes a batch."""
+
+    name: str  # of format=
+    media_type: str
+    encoder: Callable[[Sequence[str], bytes], Encode]  # made of fields and separator
+    opening: bytes = b""
+    separator: bytes = b""
+    closing: bytes = b""
+    statement: str = "copy_json"  # of queries.sql: what writes the rows
+    header_rows: int = 0  # rows of the COPY that are not calls
+    shows_end: bool = False  # whether a client sees by the body alone that it is whole
+
+    @property
+    def content_type(self) -> str:
+        return self.media_type + ("; charset=utf-8" if self.media_type.startswith("text/") else "")
+
+    def enclose(self, calls: Sequence[bytes]) -> bytes:
+        """A whole body of calls that are encoded already."""
+        return self.opening + self.separator.join(calls) + self.closing if calls or self.opening else b""
+
+
+FORMATS = {
+    found.name: found
+    for found in (
+        Format("json", "application/json", JsonEncoder, b"[", b",\n", b"]\n", shows_end=True),
+        Format("ndjson", "application/x-ndjson", JsonEncoder, separator=b"\n", closing=b"\n"),
+        Format("csv", "text/csv", join_lines, statement="copy_csv", header_rows=1),
+    )
+}
+
+
+# Clients ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Client:
+    """Who takes an answer; the socket only where the server tells it."""
+
+    address: str | None = None
+    socket: socket.socket | None = None
+
+
+class ClientBudget:
+    """The time that the client of a long answer may take: it is cut off when it takes too long.
+
+    In all it may keep the service waiting for CDR_API_CLIENT_TIMEOUT, and as
+    long again as CDR_API_MIN_RATE allows for the bytes that it took.
+    """
+
+    def __init__(self, settings: Settings, client: Client) -> None:
+        self.client = client
+        self.min_rate = settings.min_rate
+        self.seconds = settings.client_timeout / 1000
+        self.since = time.monotonic()
+        self.poll = select.poll()
+        if client.socket:
+            self.poll.register(client.socket, select.POLLOUT)
+
+    def hand(self, chunk: bytes) -> bytes:
+        """Passes a chunk on, whose time begins now."""
+        self.seconds += len(chunk) / self.min_rate
+        self.since = time.monotonic()
+        return chunk
+
+    def wait(self) -> None:
+        """Waits until the client has room for another chunk.
+
+        Raises ConnectionResetError, the connection being cut, if it takes too long.
+        """
+        left = self.seconds - (time.monotonic() - self.since)
+        if self.client.socket and not self.poll.poll(max(left, 0) * 1000):
+            log.warning("%s takes its answer too slowly and was cut off", self.client.address or "a client")
+            self.cut()
+        self.seconds -= time.monotonic() - self.since
+
+    def cut(self) -> NoReturn:
+        """Ends the connection without HTTP's last chunk; gunicorn passes over this error without a word."""
+        if self.client.socket:
+            with suppress(OSError):
+                self.client.socket.shutdown(socket.SHUT_RDWR)
+        raise ConnectionResetError(errno.ECONNRESET, "the answer was cut off")
+
+
+# Stream -----------------------------------------------------------------------
+
+
+class CallStream:
+    """The body of an answer: an iterator of chunks that owns a connection.
+
+    The first chunk is read at once, so that a statement that fails does so
+    before the headers are sent. The closing bracket is part of the last chunk,
+    which is made after PostgreSQL reported success; complete says so. When
+    anything fails before, the connection to the client is cut. close(), at any
+    time, cancels what runs and gives the connection back to its pool.
+
+    An answer that is not complete with its first chunk is a long one: it needs
+    a stream slot of its worker (else ApiError 503) and one of the account's (else 429).
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        client: Client,
+        connection: PooledConnection,
+        query: bytes,
+        output: Format,
+        fields: Sequence[str],
+    ) -> None:
+        self.complete = False
+        self.rows = -output.header_rows
+        self.owned = False  # until the first chunk is made, the connection is the caller's to give back
+        self.output = output
+        self.service = service
+        self.connection = connection
+        encode = output.encoder(fields, output.separator)
+        self.chunks = self.read(copy_batches(connection, query), encode)
+        self.first: bytes | None = next(self.chunks, b"")
+        self.budget = ClientBudget(service.settings, client)
+        if self.complete:
+            return
+        if not connection.has_stream_slot:
+            raise service.too_many_streams()
+        if not service.stream_slots.acquire(blocking=False):
+            raise unavailable("Too many long answers are under way: try again soon.")
+        self.owned = True
+
+    def read(self, batches: Iterator[list[memoryview]], encode: Encode) -> Generator[bytes]:
+        chunk = b""
+        try:
+            for rows in batches:
+                self.rows += len(rows)
+                if chunk:
+                    yield chunk
+                chunk = encode(rows, self.output.separator if chunk else self.output.opening)
+            self.complete = True
+        except psycopg.Error as error:
+            if not self.owned:
+                raise
+            log.error("an answer broke off: %s", " ".join(str(error).split()))
+            self.budget.cut()
+        finally:
+            if self.owned or self.complete:
+                self.service.calls.give_back(self.connection)
+            if self.owned:
+                self.service.stream_slots.release()
+        if chunk or self.output.opening:
+            yield (chunk or self.output.opening) + self.output.closing
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        if self.first is None:
+            self.budget.wait()
+            return self.budget.hand(next(self.chunks))
+        first, self.first = self.first, None
+        return self.budget.hand(first)
+
+    def close(self) -> None:
+        self.chunks.close()
+
+
+def write_copies(
+    connection: PooledConnection, parts: Sequence[Selection], output: Format, fields: tuple[str, ...], *, csv_safe: bool
+) -> bytes:
+    """The query for the calls of all parts, which ends the transaction."""
+    copy = compose_copy(output.statement, fields, csv_safe=csv_safe)
+    copies = [mogrify(connection, copy, part.parameters() | {"header": part is parts[0]}) for part in parts]
+    return b";".join([*copies, b"COMMIT"])
