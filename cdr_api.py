@@ -400,7 +400,8 @@ def next_url(parameter: str, cursor: str) -> str:
     superseded = ("cursor", "from") if parameter == "cursor" else (parameter,)
     kept = [pair for pair in query_pairs() if pair[0] not in superseded]
     path = request.script_root + request.path.removeprefix("/api") if request.script_root else request.path
-    origin = f"{request.scheme}://{request.host}" if request.host else ""
+    scheme = "https" if request.is_secure else "http"
+    origin = f"{scheme}://{request.host}" if request.host else ""
     return f"{origin}{quote(path)}?{urlencode([*kept, (parameter, cursor)])}"
 
 

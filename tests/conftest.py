@@ -357,14 +357,14 @@ def answers(port: int) -> bool:
 
 
 @contextmanager
-def serve(dsn: str, *options: str, folder: Path = ROOT, **settings: str) -> Iterator[Gunicorn]:
+def serve(dsn: str, *options: str, folder: str = "", **settings: str) -> Iterator[Gunicorn]:
     """Runs gunicorn as a sysadmin would, on a free port."""
     port = free_port()
     environ = {name: value for name, value in os.environ.items() if not name.startswith("CDR_API_")}
     environ |= {"CDR_API_DSN": dsn, "CDR_API_WORKERS": "1", "CDR_API_SYSLOG": "off", **settings}
     command = [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", *options]
     with tempfile.NamedTemporaryFile(prefix="cdr-api-", suffix=".log") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environ, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=folder or ROOT, env=environ, stdout=log, stderr=log)
         try:
             wait_for(lambda: process.poll() is not None or answers(port))
             yield Gunicorn(process, f"http://127.0.0.1:{port}", Path(log.name))

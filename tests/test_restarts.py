@@ -215,7 +215,7 @@ def test_a_reload_takes_new_code_of_every_file(database: Database, tmp_path: Pat
     for pattern in ("*.py", "*.sql", "openapi.json", "cdr", "pages"):
         for source in ROOT.glob(pattern):
             (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / source.name)
-    with serve(database.dsn, folder=tmp_path) as gunicorn:
+    with serve(database.dsn, folder=str(tmp_path)) as gunicorn:
 
         def answers() -> str:
             paths = ("/api/health", "/api/health?nonsense=1")
