@@ -269,7 +269,7 @@ HEALTH = {"v1": '{"status": "ok"}', "v2": '{"status": "better"}'}
 def make_release(machine: Machine, tag: str) -> None:
     """Puts the program, with its paths in the tree, into the repository that it is fetched from."""
     repository = machine.folder / "repository"
-    for path in [*ROOT.glob("*.*"), *ROOT.glob("deploy/*")]:
+    for path in [*ROOT.glob("*.*"), *ROOT.glob("cdr/*.py"), *ROOT.glob("deploy/*")]:
         if path.is_file():
             copy = repository / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
