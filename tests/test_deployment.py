@@ -411,7 +411,7 @@ def read_metrics(machine: Machine) -> None:
 
 
 def remove(machine: Machine) -> None:
-    machine.block("Then, by both ways")
+    machine.block("Then, in both cases")
     wait_for(lambda: machine.ask() == ("a page of FusionPBX" if machine.way == "path" else ""))
     # Nor was a start or a stop on the way one that the service had to be helped with.
     journal = (machine.folder / "journal").read_text("utf-8")
@@ -440,7 +440,7 @@ STEPS: dict[str, Callable[[Machine], object]] = {
     "fail2ban (2)": find_the_failure,
     "Metrics": edit_the_unit,
     "Metrics (2)": read_metrics,
-    "Then, by both ways": remove,
+    "Then, in both cases": remove,
 }
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,29 @@ import cdr_api
 import demo
 from cdr.check import RANGE_INDEX
 from cdr.selection import FIELDS
-from cdr.settings import Settings, parse_milliseconds
+from cdr.settings import Settings
 from demo.__main__ import CURL
-from tests.conftest import ROOT, SOURCES, Database, DatabaseMaker, Gunicorn, serve
+from tests.conftest import ROOT, SOURCES, Database, DatabaseMaker, Gunicorn, answers, free_port, serve, wait_for
 
 README = (ROOT / "README.md").read_text("utf-8")
 DEPLOYMENT = (ROOT / "DEPLOYMENT.md").read_text("utf-8")
+API = (ROOT / "docs/api.md").read_text("utf-8")
+BILLING = (ROOT / "docs/billing.md").read_text("utf-8")
+DOCUMENTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text("utf-8")
+    for path in sorted(ROOT.glob("**/*.md"))
+    if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+}
+
+
+def read_section(document: str, title: str) -> str:
+    """What stands under a heading, up to the next one of its rank."""
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", document, re.MULTILINE | re.DOTALL)
+    assert found, title
+    return found[1]
+
+
+ERRORS = read_section(API, "Errors")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +89,34 @@ def test_the_lines_that_make_run_prints_work_when_pasted(gunicorn: Gunicorn) -> 
     assert "Logged out" in rest
 
 
+def test_who_reads_the_readme_starts_the_service_before_asking_it() -> None:
+    run, ask = README.index("\nmake run "), README.index("curl -s http")
+    assert run < ask
+    assert "**In the demo everybody reads every domain**" in README[run:ask]
+
+
+@pytest.mark.direct("runs a server of its own")
+def test_the_lines_that_reach_the_demos_database_work(tmp_path: Path) -> None:
+    (lines,) = re.findall(r"```sh\n(demo=.*?)```", README, re.DOTALL)
+    port = free_port()
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("CDR_API_", "PG"))}
+    command = [sys.executable, "-m", "demo", "--calls", "10", "--data", str(tmp_path / ".demo")]
+    with subprocess.Popen(command, cwd=ROOT, env={**environ, "PORT": str(port)}) as process:
+        try:
+            wait_for(lambda: process.poll() is not None or answers(port))
+            script = lines.replace(".demo/", f"{tmp_path}/.demo/").replace(".venv/", f"{sys.prefix}/").rstrip()
+            script += " -At <<< 'SELECT count(*) FROM v_xml_cdr'"
+            done = subprocess.run(
+                ["bash", "-eu", "-c", script], cwd=ROOT, env=environ, capture_output=True, text=True, check=False
+            )
+        finally:
+            process.terminate()
+    assert done.returncode == 0, done.stderr
+    accounts, calls = done.stdout.splitlines()
+    assert accounts.split() == ["ID", "E-MAIL", "NAME", "DOMAINS", "TOKENS", "STATE"]
+    assert calls == "10"
+
+
 THREE = [
     ("0b9e2f6c-6a53-4c0e-9c5e-0d9c4b3f7a11", 60),
     ("51424551-36f8-fa7b-19d8-7c8438867033", 0),
@@ -76,72 +124,108 @@ THREE = [
 ]
 
 
-def test_the_digests_of_the_readme_are_those_of_the_service(make_database: DatabaseMaker) -> None:
+def test_the_digests_of_the_billing_page_are_those_of_the_service(make_database: DatabaseMaker) -> None:
     database = make_database()
     for uuid, billsec in THREE:
         database.insert_call(xml_cdr_uuid=uuid, billsec=billsec)
     client = database.client(database.account("alpha.example.com"))
     digest = client.get("/api/call_totals", **{"from": "2026-01-01", "to": "2026-12-31"}).get_json()[0]["digest"]
-    section = README.partition("## How to bill")[2]
     names: dict[str, Any] = {}
-    exec(section.partition("```python\n")[2].partition("```")[0], names)
+    exec(BILLING.partition("```python\n")[2].partition("```")[0], names)
     assert names["digest"](THREE) == digest
-    (statement,) = re.findall(r"```sql\n(.*?)```", section, re.DOTALL)
+    (statement,) = re.findall(r"```sql\n(.*?)```", BILLING, re.DOTALL)
     assert database.execute(statement.replace("FROM ledger", "FROM v_xml_cdr")) == [(digest,)]
+    (function,) = re.findall(r"```php\n(.*?)```", BILLING, re.DOTALL)
+    if php := shutil.which("php"):
+        code = f"{function} echo digest(json_decode('{json.dumps(THREE)}'));"
+        done = subprocess.run([php, "-r", code], capture_output=True, text=True, check=True)
+        assert done.stdout == digest
 
 
-def test_every_route_is_in_the_readme(database: Database) -> None:
+def test_every_route_is_in_the_readme_and_every_route_of_the_readme_is_there(database: Database) -> None:
+    routes = set()
     for rule in database.app().url_map.iter_rules():
         method = "POST" if "POST" in (rule.methods or set()) else "GET"
-        assert f"`{method} {rule.rule}`" in README, rule.rule
+        routes.add(f"{method} {rule.rule}")
+    assert set(re.findall(r"`((?:GET|POST) [^`]+)`", read_section(README, "Routes"))) == routes
 
 
-def test_every_parameter_is_in_the_readme() -> None:
-    for name in {**cdr_api.CALL_RANGE, **cdr_api.FEED, **cdr_api.TOTALS, **cdr_api.CONCURRENCY}:
-        assert f"`{name}`" in README, name
+PARAMETERS = {
+    "Parameters": cdr_api.CALL_RANGE,
+    "The feed": cdr_api.FEED,
+    "Totals": cdr_api.TOTALS,
+    "Simultaneous calls": cdr_api.CONCURRENCY,
+}
 
 
-def test_the_fields_are_in_the_readme_in_their_order() -> None:
-    assert f"`{' '.join(FIELDS)}`" in README
+@pytest.mark.parametrize("title", PARAMETERS)
+def test_every_parameter_is_in_the_reference_where_its_route_is(title: str) -> None:
+    section = read_section(API, title)
+    if "the filters" in section:
+        parameters = read_section(API, "Parameters")
+        section += parameters[parameters.index("| `direction`") :]
+    for name in PARAMETERS[title]:
+        assert f"`{name}`" in section or f"`{name}=`" in section, name
 
 
-def test_every_setting_is_in_both_documents() -> None:
-    for name in Settings.__dataclass_fields__:
-        for text in (README, DEPLOYMENT):
-            assert f"`CDR_API_{name.upper()}`" in text, name
-    for name in set(re.findall(r"CDR_API_[A-Z_]+[A-Z]", README + DEPLOYMENT)):
-        assert name.removeprefix("CDR_API_").lower() in Settings.__dataclass_fields__, name
+def test_the_fields_are_in_the_reference_in_their_order() -> None:
+    assert f"`{' '.join(FIELDS)}`" in API
 
 
-def test_every_command_is_in_the_readme() -> None:
+SETTINGS_ROW = r"^\| `(CDR_API_\w+)` \| (.+?) \| (.+?) \| (.+?) \|$"
+
+
+def test_every_setting_has_one_row_in_one_document() -> None:
+    rows = re.findall(SETTINGS_ROW, DEPLOYMENT, re.MULTILINE)
+    fields = Settings.__dataclass_fields__
+    assert sorted(name for name, *_ in rows) == sorted(f"CDR_API_{name.upper()}" for name in fields)
+    for name, document in DOCUMENTS.items():
+        if name != "DEPLOYMENT.md":
+            assert "| `CDR_API_" not in document, name
+        for setting in set(re.findall(r"CDR_API_[A-Z_]+[A-Z]", document)):
+            assert setting.removeprefix("CDR_API_").lower() in fields, (name, setting)
+
+
+def test_every_command_is_in_the_reference() -> None:
+    section = read_section(API, "Operator's commands")
     for group in (cdr_admin.user, cdr_admin.token):
         for name, command in group.commands.items():
-            assert f"flask {group.name} {name}" in README, name
+            assert f"`flask {group.name} {name}" in section, name
             for parameter in command.params:
                 if isinstance(parameter, click.Option):
-                    assert parameter.opts[0] in README, parameter.opts
-    assert "`flask check`" in README
+                    assert parameter.opts[0] in section, parameter.opts
+    assert "`flask check`" in section
+    assert all(option.opts[0] in section for option in cdr_admin.check.params)
 
 
-def test_every_status_is_in_the_readme() -> None:
+def test_every_status_is_in_the_reference() -> None:
     code = "".join(path.read_text("utf-8") for path in SOURCES)
-    for status in set(re.findall(r"ApiError\(\s*(\d{3}),", code)):
-        assert re.search(rf"^\| [\d, ]*{status}[\d, ]* \|", README, re.MULTILINE), status
+    statuses = set(re.findall(r"ApiError\(\s*(\d{3})\b", code))
+    assert statuses
+    for status in statuses:
+        assert re.search(rf"^\| [\d, ]*{status}[\d, ]* \|", ERRORS, re.MULTILINE), status
+
+
+# What the table says where a default is not a value that can be written down.
+IN_WORDS = {
+    "dsn": "none, required",
+    "calls_dsn": "that of `CDR_API_DSN`",
+    "register_domains": "none",
+    "timezone": "the database's",
+    "cors_origins": "none",
+    "workers": "number of processors",
+}
 
 
 def test_the_settings_table_tells_the_defaults() -> None:
     settings = Settings.from_environ({"CDR_API_DSN": "dbname=x"})
-    rows = dict(re.findall(r"^\| `(CDR_API_\w+)` \| `?([^`|]+?)`? \|", README, re.MULTILINE))
-    assert rows["CDR_API_TOKEN_DAYS"] == str(settings.token_days)
-    assert rows["CDR_API_PROXIES"] == str(settings.proxies)
-    assert rows["CDR_API_THREADS"] == str(settings.threads)
-    assert rows["CDR_API_ACCOUNT_STREAMS"] == str(settings.account_streams)
-    assert rows["CDR_API_MIN_RATE"] == str(settings.min_rate)
-    assert rows["CDR_API_SYSLOG"] == settings.syslog
-    assert parse_milliseconds(rows["CDR_API_CLIENT_TIMEOUT"]) == settings.client_timeout
-    assert rows["CDR_API_REGISTRATION"] == settings.registration
-    assert parse_milliseconds(rows["CDR_API_STATEMENT_TIMEOUT"]) == settings.statement_timeout
-    assert parse_milliseconds(rows["CDR_API_POOL_TIMEOUT"]) == settings.pool_timeout
+    rows = {name: default for name, default, *_ in re.findall(SETTINGS_ROW, DEPLOYMENT, re.MULTILINE)}
+    for name, field in Settings.__dataclass_fields__.items():
+        said = rows[f"CDR_API_{name.upper()}"]
+        if name in IN_WORDS:
+            assert said == IN_WORDS[name]
+            continue
+        assert field.metadata["read"](said.strip("`")) == getattr(settings, name), name
 
 
 def test_the_index_of_the_documents_is_the_one_that_check_prints() -> None:
@@ -150,14 +234,36 @@ def test_the_index_of_the_documents_is_the_one_that_check_prints() -> None:
     assert demo.INDEX.partition(" ON ")[2] + ";" == index.partition(" ON ")[2]
 
 
-def test_links_and_files_that_documents_name_are_there() -> None:
-    for document in ROOT.glob("**/*.md"):
-        if ".venv" in document.parts or ".demo" in document.parts:
-            continue
-        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text("utf-8")):
-            assert (document.parent / target).exists(), (document, target)
+def read_anchors(document: str) -> set[str]:
+    """Where links into a document may lead: its headings, as GitHub makes anchors of them."""
+    prose = re.sub(r"^ *```.*?^ *```$", "", document, flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_of_a_document_lead_somewhere(name: str) -> None:
+    for target in re.findall(r"\]\(([^):]+)\)", DOCUMENTS[name]):
+        file, _, anchor = target.partition("#")
+        path = (ROOT / name).parent / file if file else ROOT / name
+        assert path.exists(), target
+        assert not anchor or anchor in read_anchors(path.read_text("utf-8")), target
+
+
+def test_the_readme_leads_to_every_document() -> None:
+    section = read_section(README, "Where to read on")
+    led = set(re.findall(r"\]\(([^)]+)\)", section)) | {"README.md", "pages/vendor/README.md"}
+    assert led == set(DOCUMENTS)
+
+
+def test_files_that_documents_and_other_texts_name_are_there() -> None:
     for name in re.findall(r"\bdeploy/[\w.-]+\w", DEPLOYMENT):
         assert (ROOT / name).is_file(), name
+    documents = {name.rpartition("/")[2] for name in DOCUMENTS}
+    patterns = ("*.*", "Makefile", "cdr/*.py", "demo/*.py", "deploy/*", "examples/*", "pages/*.*", ".ci/*")
+    for path in [path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()]:
+        for name in re.findall(r"\b\w+\.md\b", path.read_text("utf-8")):
+            assert name in documents, (path, name)
 
 
 def test_the_modules_head_lists_its_parts() -> None:

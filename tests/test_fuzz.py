@@ -1,4 +1,4 @@
-"""Whatever a client sends gets an answer that the README promises, and nobody else's calls."""
+"""Whatever a client sends gets an answer that docs/api.md promises, and nobody else's calls."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ from tests.conftest import PASSWORD, ROOT, Client, Database, DatabaseMaker, Guni
 unclosed = pytest.mark.filterwarnings("ignore:Unclosed file <tempfile:ResourceWarning")
 pytestmark = [unclosed, pytest.mark.direct("is about what clients send, and takes long")]
 
-ERRORS = (ROOT / "README.md").read_text("utf-8").partition("### Errors")[2].partition("\n## ")[0]
+ERRORS = (ROOT / "docs/api.md").read_text("utf-8").partition("\n## Errors\n")[2].partition("\n## ")[0]
 PROMISED = {int(status) for row in re.findall(r"^\| ([\d, ]+) \|", ERRORS, re.MULTILINE) for status in row.split(",")}
 
 

@@ -37,7 +37,7 @@ from cdr.stream import FORMATS
 from tests.conftest import ROOT, SOURCES, Client, Database, DatabaseMaker, Gunicorn, serve, wait_for
 from tests.nginx import NGINX, run_nginx
 from tests.servers import slow
-from tests.test_documents import README, shape
+from tests.test_documents import API, ERRORS, shape
 
 pytestmark = pytest.mark.direct("is about the description")
 
@@ -364,9 +364,11 @@ def test_a_call_has_its_fields_in_their_order_and_types() -> None:
     assert never_null == {"xml_cdr_uuid", "domain_name"}
 
 
-def test_units_are_those_of_the_readme() -> None:
-    text = README.partition("### A call\n")[2]
-    for names, unit in re.findall(r"`([a-z_ ]+)` in (seconds|milliseconds)", text):
+def test_units_are_those_of_the_reference() -> None:
+    text = API.partition("## A call\n")[2]
+    found = re.findall(r"`([a-z_ ]+)` in (seconds|milliseconds)", text)
+    assert len(found) == 2
+    for names, unit in found:
         for name in names.split():
             assert re.search(rf"\b{unit}\b", SCHEMAS["Call"]["properties"][name]["description"].lower()), name
 
@@ -377,9 +379,9 @@ CODE = Path(cdr_api.__file__).read_text("utf-8")
 PROTECTED = {name for name in BY_NAME if re.search(rf"@tokens\.login_required\ndef {name}\(", CODE)}
 
 
-def test_statuses_are_those_of_the_readme_and_of_the_code() -> None:
+def test_statuses_are_those_of_the_reference_and_of_the_code() -> None:
     described = {status for operation in OPERATIONS for status in operation.responses if status >= 400}
-    rows = re.findall(r"^\| (\d{3}(?:, \d{3})*) \|", README.partition("### Errors")[2], re.MULTILINE)
+    rows = re.findall(r"^\| (\d{3}(?:, \d{3})*) \|", ERRORS, re.MULTILINE)
     assert described == {int(status) for row in rows for status in row.split(", ")}
     code = "".join(path.read_text("utf-8") for path in SOURCES)
     assert described >= {int(status) for status in re.findall(r"ApiError\(\s*(\d{3})", code)}

@@ -12,8 +12,8 @@ from psycopg.rows import dict_row
 from cdr.check import find_plan
 from tests.conftest import ROOT, Client, Database, DatabaseMaker
 
-# The statements of SCALING.md that make v_xml_cdr a partitioned table.
-PARTITION = (ROOT / "SCALING.md").read_text("utf-8").partition("```sql\n")[2].partition("```")[0]
+# The statements of docs/scaling.md that make v_xml_cdr a partitioned table.
+PARTITION = (ROOT / "docs/scaling.md").read_text("utf-8").partition("```sql\n")[2].partition("```")[0]
 
 MONTH = {"from": "2026-10-01", "to": "2026-10-31"}
 REQUESTS: list[tuple[str, dict[str, Any]]] = [

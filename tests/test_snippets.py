@@ -1,4 +1,4 @@
-"""The examples that people copy and MIGRATION.md's lines, run against the service as shipped."""
+"""The examples that people copy and the commands of docs/migration.md, run against the service as shipped."""
 
 from __future__ import annotations
 
@@ -396,9 +396,9 @@ def test_every_shell_script_passes_shellcheck() -> None:
     assert done.returncode == 0, done.stdout
 
 
-# MIGRATION.md -----------------------------------------------------------------
+# docs/migration.md ------------------------------------------------------------
 
-MIGRATION = (ROOT / "MIGRATION.md").read_text("utf-8")
+MIGRATION = (ROOT / "docs/migration.md").read_text("utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", MIGRATION, re.DOTALL)
 AFTER = [block.partition("# after\n")[2] for block in BLOCKS if "# after\n" in block]
 
@@ -429,7 +429,7 @@ def places(gunicorn: Gunicorn, database: Database) -> dict[str, str]:
 
 def test_the_lines_of_the_migration_page_work(database: Database, places: dict[str, str]) -> None:
     (end_of_range, login, billsec, old_shape, compare), expected = AFTER, stored(database, LARGE)
-    parts = [json.loads(shell(part, **places)) for part in end_of_range.split("# means the same, at both\n")]
+    parts = [json.loads(shell(part, **places)) for part in end_of_range.split("# the same calls in both\n")]
     assert [[call["xml_cdr_uuid"] for call in calls] for calls in parts] == [[row[0] for row in expected]] * 2
     assert shell(login, **places).startswith("cdr_")
     query = "SELECT sum(billsec)::int FROM v_xml_cdr WHERE domain_name = %s"

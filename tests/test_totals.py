@@ -38,7 +38,7 @@ def calls(client: Client) -> list[Call]:
 
 
 def total(calls: list[Call]) -> dict[str, Any]:
-    """What the README says the totals of some calls are."""
+    """What docs/billing.md says the totals of some calls are."""
     hashes = (hashlib.md5(f"{call['xml_cdr_uuid']} {call['billsec'] or 0}".encode()).hexdigest() for call in calls)
     return {
         "calls": len(calls),
