@@ -366,7 +366,7 @@ def test_a_call_has_its_fields_in_their_order_and_types() -> None:
 
 def test_units_are_those_of_the_reference() -> None:
     text = API.partition("## A call\n")[2]
-    found = re.findall(r"`([a-z_ ]+)` in (seconds|milliseconds)", text)
+    found = re.findall(r"`([a-z_ ]+)`\s+in (seconds|milliseconds)", text)
     assert len(found) == 2
     for names, unit in found:
         for name in names.split():
