@@ -270,7 +270,8 @@ def make_release(machine: Machine, tag: str) -> None:
     """Puts the program, with its paths in the tree, into the repository that it is fetched from."""
     repository = machine.folder / "repository"
     for path in [*ROOT.glob("*.*"), *ROOT.glob("cdr/*.py"), *ROOT.glob("deploy/*")]:
-        if path.is_file():
+        # In a worktree .git is a file, which would make the repository's commits those of the real one.
+        if path.is_file() and path.name != ".git":
             copy = repository / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_text(machine.fill(path.read_text("utf-8")).replace(HEALTH["v1"], HEALTH[tag]), "utf-8")

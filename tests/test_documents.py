@@ -220,12 +220,14 @@ IN_WORDS = {
 def test_the_settings_table_tells_the_defaults() -> None:
     settings = Settings.from_environ({"CDR_API_DSN": "dbname=x"})
     rows = {name: default for name, default, *_ in re.findall(SETTINGS_ROW, DEPLOYMENT, re.MULTILINE)}
-    for name, field in Settings.__dataclass_fields__.items():
-        said = rows[f"CDR_API_{name.upper()}"]
+    for name in Settings.__dataclass_fields__:
+        variable = f"CDR_API_{name.upper()}"
         if name in IN_WORDS:
-            assert said == IN_WORDS[name]
-            continue
-        assert field.metadata["read"](said.strip("`")) == getattr(settings, name), name
+            assert rows[variable] == IN_WORDS[name]
+        else:
+            assert re.fullmatch("`[^`]+`", rows[variable])
+            said = Settings.from_environ({"CDR_API_DSN": "dbname=x", variable: rows[variable].strip("`")})
+            assert said == settings, name
 
 
 def test_the_index_of_the_documents_is_the_one_that_check_prints() -> None:
@@ -264,6 +266,19 @@ def test_files_that_documents_and_other_texts_name_are_there() -> None:
     for path in [path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()]:
         for name in re.findall(r"\b\w+\.md\b", path.read_text("utf-8")):
             assert name in documents, (path, name)
+
+
+def test_the_layout_of_the_readme_is_the_tree() -> None:
+    (layout,) = re.findall(r"```\n(.*?)```", read_section(README, "How it is built"), re.DOTALL)
+    named, folder = set(), ""
+    for line in layout.splitlines():
+        indent, names = re.findall(r"^( *)(\S+(?:, \S+)*)  +\S", line)[0]
+        folder = folder if indent else ""
+        named |= {folder + name for name in names.split(", ")}
+        folder = names if names.endswith("/") else folder
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    programs = {path.relative_to(ROOT).as_posix() for path in SOURCES if path.name != "__init__.py"}
+    assert named >= programs | {f"{path.parent.name}/" for path in ROOT.glob("[a-z]*/*.*")}
 
 
 def test_the_modules_head_lists_its_parts() -> None:
