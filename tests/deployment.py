@@ -210,6 +210,14 @@ def is_running(pid: int) -> bool:
         return False
 
 
+# fail2ban ---------------------------------------------------------------------
+
+# The pattern of FusionPBX's jail, <HOST> as fail2ban replaces it (for IPv4).
+JAIL = re.compile(r".* FusionPBX: \[(?P<host>[\d.]+)\] authentication failed for")
+
+
+# What SHELL starts ------------------------------------------------------------
+
 PYTHON: dict[str, Callable[..., None]] = {"editor": editor, "python3": python3, "systemctl": systemctl}
 
 if __name__ == "__main__":

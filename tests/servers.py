@@ -1,33 +1,24 @@
-"""PostgreSQL servers of a test's own, to be stopped, killed, paused and replicated; clients that speak real HTTP."""
+"""PostgreSQL servers of a test's own, to be stopped, killed, paused and replicated; what a server is busy with."""
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import psycopg
-from werkzeug.datastructures import Headers
-from werkzeug.test import EnvironBuilder, TestResponse
 
 import demo
-from tests.conftest import Gunicorn, wait_for
-from tests.test_stream import calls_url
+from tests.conftest import Database, wait_for
 
 AWAY = (psycopg.OperationalError, psycopg.InterfaceError)  # what a crash looks like from a session
-
-
-# PostgreSQL -------------------------------------------------------------------
 
 
 @dataclass
@@ -176,6 +167,20 @@ def last_position(node: Node) -> str:
     return next(line.split()[-1] for line in lines if line.startswith("Latest checkpoint location"))
 
 
+def active_copies(database: Database) -> list[int]:
+    """The processes of PostgreSQL that are sending the service something."""
+    query = "SELECT pid FROM pg_stat_activity WHERE datname = %s AND usename = 'cdr_api' AND state = 'active'"
+    return [row[0] for row in database.execute(query, [database.name])]
+
+
+def peak_memory(pid: int) -> int:
+    """The peak of a process's resident memory since it was last reset, in bytes."""
+    for line in Path(f"/proc/{pid}/status").read_text("ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError
+
+
 @contextmanager
 def slow(execute: Callable[[str], object], seconds: float = 0.001) -> Iterator[None]:
     """Every call takes PostgreSQL so long, in the database that is told to execute."""
@@ -188,61 +193,3 @@ def slow(execute: Callable[[str], object], seconds: float = 0.001) -> Iterator[N
         execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {active}")
         execute("ALTER TABLE v_xml_cdr DISABLE ROW LEVEL SECURITY")
         execute("DROP POLICY slow ON v_xml_cdr")
-
-
-# Clients ----------------------------------------------------------------------
-
-
-Answer = TestResponse  # by another name, lest pytest take it for a class of tests
-
-
-def fetch(url: str, token: str | None = None, *, method: str = "GET", body: str = "", seconds: float = 60) -> Answer:
-    """A whole answer, by a connection of its own; OSError or HTTPException if there is none in so many seconds."""
-    parts = urlsplit(url)
-    headers = {"Content-Type": "application/json" if body[:1] == "{" else "application/x-www-form-urlencoded"}
-    if token:
-        headers["Authorization"] = f"Bearer {token}"
-    with closing(HTTPConnection(parts.netloc, timeout=seconds)) as connection:
-        connection.request(method, f"{parts.path}?{parts.query}".rstrip("?"), body or None, headers)
-        response = connection.getresponse()
-        content = response.read()
-    status = f"{response.status} {response.reason}"
-    return Answer([content], status, Headers(response.getheaders()), EnvironBuilder(parts.path).get_request())
-
-
-Request = tuple[str, str, str]  # method, path and body
-
-
-def ask(gunicorn: Gunicorn, token: str | None, request: Request, seconds: float = 60) -> Answer:
-    method, path, body = request
-    return fetch(gunicorn.url + path, token, method=method, body=body, seconds=seconds)
-
-
-class Download:
-    """curl, which goes on receiving an answer only when its output is read; with ends it."""
-
-    def __init__(self, url: str, token: str) -> None:
-        command = ["curl", "-sS", "-H", f"Authorization: Bearer {token}", url]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        self.output = self.process.stdout or io.BytesIO()
-        self.begin = self.output.read(10_000)
-
-    def finish(self) -> tuple[int, bytes]:
-        """curl's exit status, 18 for an answer that broke off, and the body."""
-        body = self.begin + self.output.read()
-        return self.process.wait(60), body
-
-    def __enter__(self) -> Download:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.output.close()
-        self.process.wait(60)
-
-
-@contextmanager
-def downloads(gunicorn: Gunicorn, token: str, *formats: str) -> Iterator[list[Download]]:
-    """Every call of alpha.example.com in some formats, at the same time."""
-    with ExitStack() as stack:
-        yield [stack.enter_context(Download(calls_url(gunicorn, format=kind), token)) for kind in formats]

@@ -9,11 +9,11 @@ import sys
 from typing import Any
 
 import pytest
-from click.testing import Result
 from flask import Flask
 
 import cdr_admin
 import demo
+from tests.commands import check, flask
 from tests.conftest import PASSWORD, ROOT, Client, Database, DatabaseMaker
 
 
@@ -25,10 +25,6 @@ def database(make_database: DatabaseMaker) -> Database:
 @pytest.fixture(scope="module")
 def app(database: Database) -> Flask:
     return database.app()
-
-
-def flask(app: Flask, *arguments: str, stdin: str = "") -> Result:
-    return app.test_cli_runner().invoke(args=arguments, input=stdin)
 
 
 def login(app: Flask, email: str, password: str = PASSWORD) -> Any:
@@ -163,13 +159,6 @@ def test_a_grant_of_a_domain_that_is_no_more_goes_by_its_uuid(make_database: Dat
 
 
 # Check ------------------------------------------------------------------------
-
-
-def check(app: Flask) -> tuple[int, dict[str, str]]:
-    """The exit status, and the lines by subject."""
-    result = flask(app, "check")
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, {line[2:20].strip(): line for line in result.output.splitlines()}
 
 
 def test_check_is_content_with_a_good_installation(make_database: DatabaseMaker) -> None:

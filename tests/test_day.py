@@ -25,8 +25,9 @@ import pytest
 
 import demo
 from cdr.accounts import digest_token
+from tests.clients import Answer, Download, fetch
 from tests.conftest import PASSWORD, PASSWORD_HASH, Gunicorn, serve, wait_for
-from tests.servers import AWAY, Answer, Download, Node, fetch, own_node
+from tests.servers import AWAY, Node, own_node
 
 SECONDS = float(os.environ.get("DAY_SECONDS", "120"))
 ALPHA = "alpha.example.com"

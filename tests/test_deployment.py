@@ -22,10 +22,9 @@ import pytest
 
 import demo
 from tests.conftest import PASSWORD, ROOT, SOURCES, answers, free_port, wait_for
-from tests.deployment import INCLUDE, install_programs, read_blocks, stop
+from tests.deployment import INCLUDE, JAIL, install_programs, read_blocks, stop
 from tests.nginx import FUSIONPBX, MAIN, NGINX, make_certificate
 from tests.servers import Node
-from tests.test_guessing import JAIL
 
 pytestmark = pytest.mark.direct("runs a server of its own")
 
@@ -207,7 +206,7 @@ def run_machine(node: PasswordNode, way: str) -> Iterator[Machine]:
         make_tree(machine, ports)
         make_programs(machine, ports)
         make_release(machine, "v1")
-        stack.enter_context(run_nginx(machine, ports))
+        stack.enter_context(serve_nginx(machine, ports))
         stack.callback(stop, folder)
         yield machine
 
@@ -269,7 +268,7 @@ HEALTH = {"v1": '{"status": "ok"}', "v2": '{"status": "better"}'}
 def make_release(machine: Machine, tag: str) -> None:
     """Puts the program, with its paths in the tree, into the repository that it is fetched from."""
     repository = machine.folder / "repository"
-    for path in [*ROOT.glob("*.*"), *ROOT.glob("cdr/*.py"), *ROOT.glob("deploy/*")]:
+    for path in [*ROOT.glob("*.*"), *ROOT.glob("cdr/**/*.py"), *ROOT.glob("deploy/*")]:
         # In a worktree .git is a file, which would make the repository's commits those of the real one.
         if path.is_file() and path.name != ".git":
             copy = repository / path.relative_to(ROOT)
@@ -280,7 +279,7 @@ def make_release(machine: Machine, tag: str) -> None:
 
 
 @contextmanager
-def run_nginx(machine: Machine, ports: dict[str, int]) -> Iterator[None]:
+def serve_nginx(machine: Machine, ports: dict[str, int]) -> Iterator[None]:
     (machine.folder / "nginx/temp").mkdir(parents=True)
     process = subprocess.Popen([f"{machine.folder}/bin/nginx"])
     try:

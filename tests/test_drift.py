@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import pytest
 
 import demo
+from tests.clients import Request, ask
 from tests.conftest import Database, DatabaseMaker, Gunicorn, serve, wait_for
-from tests.servers import Request, ask
 
 OLD = "4.4.1"
 DOMAIN = "domain_name=alpha.example.com"

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import socketserver
 import sqlite3
 import subprocess
 import sys
@@ -14,16 +13,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import psycopg
 import pytest
 
+from tests.clients import Cable, Cut
 from tests.conftest import ROOT, Database, DatabaseMaker, Gunicorn, serve
 
 pytestmark = pytest.mark.direct("is about the clients")
@@ -348,69 +346,6 @@ def test_a_busy_service_is_waited_for_as_long_as_it_says(stage: Stage) -> None:
         assert process.wait(60) == 0
     assert stage.poller.rows() == table(stage.database)
 
-
-def command_lines() -> str:
-    lines = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            lines.append(file.read_text("utf-8", "replace"))
-        except OSError:  # it ended meanwhile
-            continue
-    return "\n".join(lines)
-
-
-@dataclass
-class Cable:
-    """Between a client and the service: hands on what keep lets through, and cuts the connection.
-
-    Like some proxies it puts the length first, so that a cut head can look whole.
-    """
-
-    url: str
-    keep: Callable[[bytes], bytes]
-    seen: list[str] = field(default_factory=list)  # what ran meanwhile
-    answer: bytes = b""
-
-    def carry(self, request: bytes) -> bytes:
-        """The service's raw answer to a raw request, as far as it gets through."""
-        self.seen.append(command_lines())
-        address = urlsplit(self.url)
-        line, _, rest = request.partition(b"\r\n")
-        connection = HTTPConnection(address.hostname or "", address.port)
-        with closing(connection):
-            connection.connect()
-            connection.send(line + b"\r\nConnection: close\r\n" + rest)
-            self.answer = b""
-            while piece := connection.sock.recv(65536):
-                self.answer += piece
-        head, _, body = self.answer.partition(b"\r\n\r\n")
-        status, *headers = head.split(b"\r\n")
-        headers.sort(key=lambda header: not header.lower().startswith((b"content-length", b"transfer-encoding")))
-        return self.keep(b"\r\n".join([status, *headers, b"", body]))
-
-    @contextmanager
-    def laid(self) -> Iterator[str]:
-        """The URL of the cable's other end."""
-        carry = self.carry
-
-        class Handler(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                request = b""
-                while not request.endswith(b"\r\n\r\n"):
-                    request += self.request.recv(65536)
-                self.request.sendall(carry(request))
-
-        with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
-            thread = threading.Thread(target=server.serve_forever, args=[0.01])
-            thread.start()
-            try:
-                yield f"http://127.0.0.1:{server.server_address[1]}/api"
-            finally:
-                server.shutdown()
-                thread.join()
-
-
-Cut = Callable[[bytes], bytes]
 
 CUTS: dict[str, Cut] = {
     "in the status line": lambda answer: answer[:10],

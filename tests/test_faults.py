@@ -16,9 +16,10 @@ import psycopg
 import pytest
 
 import demo
+from tests.clients import Answer, Request, ask, downloads
+from tests.commands import check
 from tests.conftest import PASSWORD, UNTIL, Database, Gunicorn, problem, serve, wait_for
-from tests.servers import Answer, Node, Request, ask, downloads, has_received, has_replayed, own_node, slow, standby_of
-from tests.test_commands import check
+from tests.servers import Node, has_received, has_replayed, own_node, slow, standby_of
 
 FORMATS = ("json", "ndjson", "csv")
 EMAIL = "billing@example.com"

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from cdr.database import MOST_PREPARED
 from cdr.short import SHORT_BYTES, SHORT_ROWS
+from tests.clients import ask
 from tests.conftest import Client, Database, DatabaseMaker, Gunicorn, serve, wait_for
-from tests.servers import ask
-from tests.test_stream import ANYTHING, FIXED, NASTY
+from tests.values import ANYTHING, FIXED, NASTY
 
 pytestmark = pytest.mark.direct("through PgBouncer nothing is prepared; test_pgbouncer.py shows it")
 

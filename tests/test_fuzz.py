@@ -53,13 +53,13 @@ from cdr.selection import FIELDS, parse_fields
 from cdr.settings import parse_dsn, parse_milliseconds, parse_origins, parse_syslog
 from cdr.statements import load_statements
 from cdr.stream import FORMATS
-from tests.conftest import PASSWORD, ROOT, Client, Database, DatabaseMaker, Gunicorn, problem, serve, wait_for
+from tests.conftest import PASSWORD, Client, Database, DatabaseMaker, Gunicorn, problem, serve, wait_for
+from tests.documents import ERRORS
 
 # Of a part of a form that is broken behind it, a file is closed late, by the garbage collector.
 unclosed = pytest.mark.filterwarnings("ignore:Unclosed file <tempfile:ResourceWarning")
 pytestmark = [unclosed, pytest.mark.direct("is about what clients send, and takes long")]
 
-ERRORS = (ROOT / "docs/api.md").read_text("utf-8").partition("\n## Errors\n")[2].partition("\n## ")[0]
 PROMISED = {int(status) for row in re.findall(r"^\| ([\d, ]+) \|", ERRORS, re.MULTILINE) for status in row.split(",")}
 
 
@@ -937,13 +937,13 @@ def gunicorn(database: Database) -> Iterator[Gunicorn]:
 
 
 @dataclass(frozen=True)
-class Answer:
+class RawAnswer:
     status: int
     headers: Mapping[str, str]
     body: bytes
 
 
-def read_answers(data: bytes) -> Iterator[Answer]:
+def read_answers(data: bytes) -> Iterator[RawAnswer]:
     """The answers that stand one behind the other on a connection."""
     while data:
         head, end, data = data.partition(b"\r\n\r\n")
@@ -953,11 +953,11 @@ def read_answers(data: bytes) -> Iterator[Answer]:
         fields = dict(http.client.parse_headers(io.BytesIO(head.partition(b"\r\n")[2] + end)))
         # An answer to HEAD names a length and has none.
         length = 0 if data.startswith(b"HTTP/1.1 ") else int(fields.get("Content-Length", 0))
-        yield Answer(int(status), fields, data[:length])
+        yield RawAnswer(int(status), fields, data[:length])
         data = data[length:]
 
 
-def exchange(gunicorn: Gunicorn, request: bytes) -> list[Answer]:
+def exchange(gunicorn: Gunicorn, request: bytes) -> list[RawAnswer]:
     """Sends bytes, says that no more will come, and reads to the end."""
     parts = urlsplit(gunicorn.url)
     received = b""
@@ -971,7 +971,7 @@ def exchange(gunicorn: Gunicorn, request: bytes) -> list[Answer]:
     return list(read_answers(received))
 
 
-def check_exchange(gunicorn: Gunicorn, request: bytes) -> list[Answer]:
+def check_exchange(gunicorn: Gunicorn, request: bytes) -> list[RawAnswer]:
     """Its answers, each of which is promised; the worker lives on, and there is no fault in its log."""
     pids = gunicorn.worker_pids()
     answers = exchange(gunicorn, request)

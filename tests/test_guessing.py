@@ -17,6 +17,7 @@ import pytest
 
 from cdr.accounts import name_network
 from tests.conftest import PASSWORD, Client, Database, DatabaseMaker, problem, serve
+from tests.deployment import JAIL
 
 FREE = 10  # attempts before the first delay
 PATIENCE = 60  # seconds that the longest delay takes
@@ -209,10 +210,6 @@ def syslog(tmp_path: Path) -> Iterator[Syslog]:
     found = Syslog(tmp_path / "log")
     yield found
     found.socket.close()
-
-
-# The pattern of FusionPBX's jail, <HOST> as fail2ban replaces it (for IPv4).
-JAIL = re.compile(r".* FusionPBX: \[(?P<host>[\d.]+)\] authentication failed for")
 
 
 def test_every_failed_login_is_told_as_fusionpbx_tells_its_own(database: Database, syslog: Syslog) -> None:

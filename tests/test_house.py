@@ -8,6 +8,7 @@ import io
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,10 +17,10 @@ import pytest
 from psycopg import generators, pq
 
 from cdr.stream import FORMATS, Encode, Format
-from tests.conftest import ROOT, Client, Database
+from tests.conftest import ROOT, SOURCES, Client, Database
 
-ENGINE = sorted((ROOT / "cdr").glob("*.py"))
-MODULES = [*sorted(ROOT.glob("*.py")), *ENGINE]
+ENGINE = [file for file in SOURCES if file.parent != ROOT]
+TESTS = sorted((ROOT / "tests").glob("**/*.py"))
 
 
 def each(files: Sequence[Path]) -> pytest.MarkDecorator:
@@ -57,8 +58,8 @@ def test_the_engine_needs_no_web_framework() -> None:
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
-    known = {name_module(file): file for file in MODULES}
-    needs = {name: {n for n in imports(parse(file)) if n in known and n != "cdr"} for name, file in known.items()}
+    known = {name_module(file): file for file in [*SOURCES, *TESTS] if file.name != "__init__.py"}
+    needs = {name: {n for n in imports(parse(file)) if n in known} for name, file in known.items()}
     while free := {name for name, needed in needs.items() if not needed & needs.keys()}:
         needs = {name: needed for name, needed in needs.items() if name not in free}
     assert needs == {}
@@ -73,14 +74,14 @@ def test_the_engine_is_listed_in_the_order_in_which_it_builds_up() -> None:
         assert not later & set(imports(parse(ROOT / f"cdr/{name}.py"))), name
 
 
-@each([*MODULES, ROOT / "gunicorn.conf.py"])
+@each(SOURCES)
 def test_no_function_imports(file: Path) -> None:
     for node in ast.walk(parse(file)):
         if isinstance(node, ast.FunctionDef):
             assert not list(imports(node)), node.name
 
 
-@each(MODULES)
+@each(SOURCES)
 def test_files_and_functions_are_short(file: Path) -> None:
     assert len(file.read_text("utf-8").splitlines()) <= (900 if file.name == "cdr_api.py" else 500)
     for node in ast.walk(parse(file)):
@@ -90,12 +91,42 @@ def test_files_and_functions_are_short(file: Path) -> None:
             assert (node.end_lineno or 0) - node.lineno + 1 - told <= 30, node.name
 
 
+# Tests ------------------------------------------------------------------------
+
+
+def test_no_test_file_imports_another() -> None:
+    """What they share stands in a module that is named after its subject."""
+    for file in TESTS:
+        assert not [name for name in imports(parse(file)) if ".test_" in f".{name}"], file.name
+
+
+def definitions(tree: ast.Module) -> Iterator[str]:
+    """The functions, classes and values at the top of a module."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name))
+
+
+def test_what_tests_import_from_each_other_is_defined_once() -> None:
+    """A second helper of the same name is a copy, or means something else than its reader expects."""
+    defined = Counter(name for file in TESTS for name in set(definitions(parse(file))))
+    shared = {f"tests.{file.stem}" for file in TESTS if not file.name.startswith("test_")}
+    for file in TESTS:
+        for node in ast.walk(parse(file)):
+            if isinstance(node, ast.ImportFrom) and node.module in shared:
+                for alias in node.names:
+                    assert defined[alias.name] == 1, (file.name, alias.name)
+
+
 # libpq ------------------------------------------------------------------------
 
-BELOW_THE_SURFACE = re.compile(r"\bpgconn\b|\bgenerators\b|\bpq\b|errors\._|\bPGQen\b")
+BELOW_THE_SURFACE = re.compile(r"\bpgconn\b|\bgenerators\b|\bpq\b|errors\._|\bPQGen\b")
 
 
-@each([file for file in MODULES if file.name != "database.py"])
+@each([file for file in SOURCES if file.name != "database.py"])
 def test_only_one_file_goes_below_the_surface_of_psycopg(file: Path) -> None:
     assert not BELOW_THE_SURFACE.findall(file.read_text("utf-8"))
 

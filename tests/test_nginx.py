@@ -96,7 +96,7 @@ def nginx(gunicorn: Gunicorn, folder: Path) -> Iterator[Nginx]:
         yield running
 
 
-def calls_url(nginx: Nginx, domain_name: str = HUGE, **parameters: str) -> str:
+def proxied_calls(nginx: Nginx, domain_name: str = HUGE, **parameters: str) -> str:
     return nginx.url("https", "/cdr-api/calls", domain_name=domain_name, **parameters)
 
 
@@ -180,13 +180,13 @@ FORGED = ["X-Forwarded-Host: evil.example.com", "X-Forwarded-Proto: http", "X-Fo
 
 @pytest.mark.parametrize("header", FORGED)
 def test_a_client_cannot_forge_a_link(nginx: Nginx, token: str, header: str) -> None:
-    response = nginx.send(calls_url(nginx, ALPHA, limit="1"), "-H", header, token=token)
+    response = nginx.send(proxied_calls(nginx, ALPHA, limit="1"), "-H", header, token=token)
     assert response.headers["Link"].startswith(f"<{nginx.url('https', '/cdr-api/calls?')}")
 
 
 @pytest.mark.parametrize("host", ["pbx.example.com", "198.51.100.7", "[2001:db8::7]:8443"])
 def test_a_link_names_the_host_as_the_client_does(nginx: Nginx, token: str, host: str) -> None:
-    response = nginx.send(calls_url(nginx, ALPHA, limit="1"), "-H", f"Host: {host}", token=token)
+    response = nginx.send(proxied_calls(nginx, ALPHA, limit="1"), "-H", f"Host: {host}", token=token)
     assert response.headers["Link"].startswith(f"<https://{host}/cdr-api/calls?")
 
 
@@ -220,8 +220,8 @@ def test_plain_http_is_sent_to_https_and_reads_nothing(nginx: Nginx, token: str)
 
 
 def test_gzip_is_for_those_who_ask_and_the_same(nginx: Nginx, token: str) -> None:
-    plain = nginx.send(calls_url(nginx, limit="5"), token=token)
-    zipped = nginx.send(calls_url(nginx, limit="5"), "--compressed", token=token)
+    plain = nginx.send(proxied_calls(nginx, limit="5"), token=token)
+    zipped = nginx.send(proxied_calls(nginx, limit="5"), "--compressed", token=token)
     assert plain.headers.get("Content-Encoding") is None
     assert zipped.headers["Content-Encoding"] == "gzip"
     assert zipped.data == plain.data
@@ -279,12 +279,12 @@ def break_off(command: list[str], fault: Fault) -> tuple[int, bytes]:
 def test_an_answer_that_breaks_off_is_an_error_of_the_client(
     nginx: Nginx, token: str, kind: str, encoding: list[str], fault: Fault
 ) -> None:
-    status, body = break_off(nginx.command(calls_url(nginx, format=kind), *encoding, token=token), fault)
+    status, body = break_off(nginx.command(proxied_calls(nginx, format=kind), *encoding, token=token), fault)
     assert status == 18  # curl: partial file
     assert 100_000 < len(body) < 50_000 * HUGE_CALLS
     with pytest.raises(json.JSONDecodeError):
         json.loads(body)
-    assert nginx.send(calls_url(nginx, limit="1"), token=token).status_code == 200
+    assert nginx.send(proxied_calls(nginx, limit="1"), token=token).status_code == 200
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +295,7 @@ def old_nginx(gunicorn: Gunicorn, folder: Path) -> Iterator[Nginx]:
 
 
 def test_json_that_breaks_off_in_http_1_0_has_no_end(old_nginx: Nginx, token: str, fault: Fault) -> None:
-    _, body = break_off(old_nginx.command(calls_url(old_nginx), token=token), fault)
+    _, body = break_off(old_nginx.command(proxied_calls(old_nginx), token=token), fault)
     assert body.startswith(b'[{"xml_cdr_uuid":')
     assert not body.rstrip().endswith(b"]")
     with pytest.raises(json.JSONDecodeError):
@@ -304,7 +304,7 @@ def test_json_that_breaks_off_in_http_1_0_has_no_end(old_nginx: Nginx, token: st
 
 @pytest.mark.parametrize("kind", ["ndjson", "csv"])
 def test_what_has_no_end_is_refused_in_http_1_0(old_nginx: Nginx, token: str, kind: str) -> None:
-    response = old_nginx.send(calls_url(old_nginx, format=kind), token=token)
+    response = old_nginx.send(proxied_calls(old_nginx, format=kind), token=token)
     assert response.status_code == 426
     assert "proxy_http_version 1.1" in problem(response)["message"]
 
@@ -318,7 +318,7 @@ def locked_calls(database: Database) -> Iterator[None]:
 
 
 def test_a_fault_before_the_first_byte_is_503(database: Database, nginx: Nginx, token: str, fault: Fault) -> None:
-    command = nginx.command(calls_url(nginx), "-i", token=token)
+    command = nginx.command(proxied_calls(nginx), "-i", token=token)
     with locked_calls(database), subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         wait_for(lambda: backends(database, LOCKED))
         fault()
@@ -423,11 +423,11 @@ def test_guesses_are_429_after_the_burst_and_reading_goes_on(folder: Path, gunic
         assert statuses[:11] == [422] * 11
         assert 429 in statuses
         assert_too_many(responses[statuses.index(429)])
-        assert nginx.send(calls_url(nginx, ALPHA, limit="1"), token=token).status_code == 200
+        assert nginx.send(proxied_calls(nginx, ALPHA, limit="1"), token=token).status_code == 200
 
 
 def test_the_ninth_answer_with_calls_at_once_is_429(database: Database, nginx: Nginx, token: str) -> None:
-    url = calls_url(nginx, ALPHA, limit="1")
+    url = proxied_calls(nginx, ALPHA, limit="1")
     # Of several accounts, since the service counts by account.
     commands = [nginx.command(url, "-i", token=database.account(ALPHA)) for _ in range(8)]
     with contextlib.ExitStack() as stack:
@@ -448,7 +448,7 @@ def test_no_token_and_no_password_is_logged(database: Database, gunicorn: Gunico
     form = {"email": "logged@example.com", "password": PASSWORD}
     with run_nginx(folder / "socket") as nginx:
         # Of an answer that breaks off nginx writes the request into its log of errors.
-        break_off(nginx.command(calls_url(nginx), token=token), lambda: kill_worker(database, gunicorn))
+        break_off(nginx.command(proxied_calls(nginx), token=token), lambda: kill_worker(database, gunicorn))
         post = functools.partial(nginx.send, nginx.url("https", "/cdr-api/login"), "--data-binary", "@-")
         logins = [post("-H", "Content-Type: application/json", body=json.dumps(form).encode())]
         logins += [post(body=urlencode(form).encode())]
@@ -495,7 +495,7 @@ def test_a_slow_reader_keeps_no_connection_and_gets_all(
     database: Database, nginx: Nginx, token: str, kind: str
 ) -> None:
     wait_for(lambda: not backends(database, BUSY))
-    url = calls_url(nginx, limit="3000", format=kind)  # 150 MB: less than nginx takes ahead
+    url = proxied_calls(nginx, limit="3000", format=kind)  # 150 MB: less than nginx takes ahead
     with subprocess.Popen(nginx.command(url, token=token), stdout=subprocess.PIPE) as process:
         assert process.stdout
         begin = process.stdout.read(100_000)
@@ -521,7 +521,7 @@ def test_an_export_of_a_gigabyte_frees_its_worker_long_before_a_slow_client_is_d
     )
     token, shipped = database.account(ALPHA), {"temp_file_size 1100m": "temp_file_size 1100m"}
     with serve_socket(database.dsn, folder / "large"), run_nginx(folder / "large", shipped) as nginx:
-        command = nginx.command(calls_url(nginx, ALPHA, format="ndjson"), token=token)
+        command = nginx.command(proxied_calls(nginx, ALPHA, format="ndjson"), token=token)
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout
             begin = process.stdout.read(100_000)

@@ -35,9 +35,9 @@ from cdr.ranges import parse_moment
 from cdr.selection import BOOLEANS, FIELDS, FILTERS, INTEGERS, NUMBERS, STRINGS, parse_fields
 from cdr.stream import FORMATS
 from tests.conftest import ROOT, SOURCES, Client, Database, DatabaseMaker, Gunicorn, serve, wait_for
+from tests.documents import API, ERRORS, shape
 from tests.nginx import NGINX, run_nginx
 from tests.servers import slow
-from tests.test_documents import API, ERRORS, shape
 
 pytestmark = pytest.mark.direct("is about the description")
 
@@ -546,7 +546,7 @@ def get(path: str, **parameters: Any) -> Callable[[Stage], TestResponse]:
 FEW = {"domain_name": ALPHA, "fields": "end_stamp,direction,destination_number,billsec"}
 JANUARY = {"from": "2026-01-01", "to": "2026-01-31"}
 NOON = {"date": "2026-01-31T12", "domain_name": ALPHA}
-AWAY = {"CDR_API_DSN": "host=127.0.0.1 port=9 dbname=x", "CDR_API_POOL_TIMEOUT": "500ms"}
+NO_DATABASE = {"CDR_API_DSN": "host=127.0.0.1 port=9 dbname=x", "CDR_API_POOL_TIMEOUT": "500ms"}
 
 # How each example of an answer is had.
 REQUESTS: dict[str, Callable[[Stage], TestResponse]] = {
@@ -599,7 +599,9 @@ REQUESTS: dict[str, Callable[[Stage], TestResponse]] = {
         stage, b"GET /api/health HTTP/1.1\r\nHost: x\r\nA: " + b"y" * 100_000 + b"\r\n\r\n"
     ),
     "fault": ask_for_nonsense,
-    "unavailable": lambda stage: Client(cdr_api.create_app({**AWAY, "CDR_API_SYSLOG": "off"})).get("/api/health"),
+    "unavailable": lambda stage: Client(cdr_api.create_app({**NO_DATABASE, "CDR_API_SYSLOG": "off"})).get(
+        "/api/health"
+    ),
     "timed_out": ask_when_it_is_slow,
 }
 
@@ -645,7 +647,7 @@ def test_it_is_served_with_an_etag_and_needs_no_token(app: Flask) -> None:
 
 
 def test_it_needs_no_database() -> None:
-    client = Client(cdr_api.create_app({**AWAY, "CDR_API_SYSLOG": "off"}))
+    client = Client(cdr_api.create_app({**NO_DATABASE, "CDR_API_SYSLOG": "off"}))
     assert client.get("/api/openapi.json").status_code == 200
 
 

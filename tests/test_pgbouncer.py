@@ -13,6 +13,7 @@ import pytest
 from werkzeug.datastructures import Headers
 
 import demo
+from tests.clients import Download, calls_url, fetch
 from tests.conftest import (
     PASSWORD,
     PGBOUNCER,
@@ -26,8 +27,7 @@ from tests.conftest import (
     serve,
     wait_for,
 )
-from tests.servers import Download, fetch
-from tests.test_stream import active_copies, calls_url
+from tests.servers import active_copies
 
 pytestmark = pytest.mark.skipif(not PGBOUNCER, reason="needs the program pgbouncer")
 own = pytest.mark.direct("runs a PgBouncer of its own")

@@ -12,9 +12,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cdr.check import check_files
+from tests.clients import calls_url, curl, open_stream
+from tests.commands import check
 from tests.conftest import PASSWORD, Client, Database, DatabaseMaker, Gunicorn, serve, wait_for
-from tests.test_commands import check
-from tests.test_stream import active_copies, calls_url, curl, open_stream
+from tests.servers import active_copies
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def find_line(gunicorn: Gunicorn, request_id: str) -> dict[str, Any]:
     return dict(wait_for(look))
 
 
-def ask(
+def ask_with_id(
     gunicorn: Gunicorn, path: str, token: str, request_id: str, *options: str
 ) -> subprocess.CompletedProcess[bytes]:
     return curl(f"{gunicorn.url}{path}", token, "-H", f"X-Request-ID: {request_id}", *options)
@@ -62,7 +63,7 @@ def test_a_request_leaves_one_line_with_what_it_was(database: Database, token: s
     ]
     with serve(database.dsn, CDR_API_LOG="json") as gunicorn:
         for i, (path, options, expected) in enumerate(requests):
-            answer = ask(gunicorn, path, token, f"test-{i}", *options).stdout
+            answer = ask_with_id(gunicorn, path, token, f"test-{i}", *options).stdout
             found = find_line(gunicorn, f"test-{i}")
             assert found | expected == found
             assert list(found) == (
@@ -89,7 +90,7 @@ def test_a_broken_answer_is_marked(database: Database, token: str) -> None:
 
 def test_the_line_is_text_or_nothing_too(database: Database, token: str) -> None:
     with serve(database.dsn) as gunicorn:
-        ask(gunicorn, "/api/domains", token, "as-text")
+        ask_with_id(gunicorn, "/api/domains", token, "as-text")
         line = wait_for(lambda: re.search(r"^request_id=as-text .*$", gunicorn.log.read_text("utf-8"), re.MULTILINE))
         assert re.fullmatch(
             r"request_id=as-text address=127\.0\.0\.1 account=\d+ method=GET route=/api/domains status=200 rows=0 "
@@ -97,8 +98,8 @@ def test_the_line_is_text_or_nothing_too(database: Database, token: str) -> None
             line[0],
         )
     with serve(database.dsn, CDR_API_LOG="off") as gunicorn:
-        ask(gunicorn, "/api/domains", token, "not-there")
-        ask(gunicorn, "/api/domains", token, "not-there")
+        ask_with_id(gunicorn, "/api/domains", token, "not-there")
+        ask_with_id(gunicorn, "/api/domains", token, "not-there")
         assert "not-there" not in gunicorn.log.read_text("utf-8")
 
 

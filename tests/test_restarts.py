@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 import pytest
 
 import demo
+from tests.clients import Download, calls_url, fetch
 from tests.conftest import ROOT, UNTIL, Database, DatabaseMaker, Gunicorn, serve, wait_for
-from tests.servers import Download, fetch, slow
-from tests.test_stream import active_copies, calls_url
+from tests.servers import active_copies, slow
 
 CALLS = 5000
 

@@ -13,8 +13,8 @@ import pytest
 
 from cdr.accounts import digest_token
 from cdr.stream import FORMATS
+from tests.clients import curl
 from tests.conftest import PASSWORD, ROOT, Client, Database, DatabaseMaker, problem, serve, wait_for
-from tests.test_stream import curl
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.clients import calls_url, curl, open_stream
 from tests.conftest import Client, Database, DatabaseMaker, Gunicorn, problem, serve, wait_for
-from tests.servers import slow
-from tests.test_stream import active_copies, calls_url, curl, open_stream, peak_memory
+from tests.servers import active_copies, peak_memory, slow
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ import psycopg
 import pytest
 from werkzeug.security import check_password_hash
 
+from tests.clients import Cable, Cut
 from tests.conftest import PASSWORD, ROOT, Database, DatabaseMaker, Gunicorn, serve
-from tests.test_examples import Cable, Cut
 
 pytestmark = pytest.mark.direct("is about the clients")
 

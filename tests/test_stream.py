@@ -6,47 +6,24 @@ import csv
 import http.client
 import io
 import json
-import socket
 import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlsplit
 
 import hypothesis
 import pytest
 from hypothesis import strategies as st
 
 from cdr.stream import JsonEncoder
+from tests.clients import calls_url, curl, open_stream
 from tests.conftest import Client, Database, DatabaseMaker, Gunicorn, problem, serve, wait_for
+from tests.servers import active_copies, peak_memory
+from tests.values import ANYTHING, FIXED, NASTY
 
 TEXT_COLUMNS = ("caller_id_name", "last_arg", "xml", "accountcode")
 
-NASTY = st.text(
-    st.sampled_from("a\"\\\n\r\t\x7f\x00\x01\x1f\x85\u2028,;:{}[]é漢📞'N").filter(lambda c: c != "\x00"), max_size=12
-)
-ANYTHING = st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), max_size=30)
-FIXED = st.sampled_from(
-    [
-        "",
-        "\\N",
-        "\\.",
-        "null",
-        '"',
-        '""',
-        "\x7f",
-        "\x7f\x7f",
-        "a\x7f",
-        '\\"',
-        "\\",
-        "\\\\",
-        '"\x7f"',
-        "NaN",
-        "\r\n",
-        "\n",
-    ]
-)
 ROWS = st.lists(st.tuples(*[st.none() | NASTY | ANYTHING | FIXED] * len(TEXT_COLUMNS)), min_size=1, max_size=8)
 
 
@@ -119,16 +96,6 @@ def gunicorn(large: Database) -> Iterator[Gunicorn]:
         yield running
 
 
-def curl(url: str, token: str, *options: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        ["curl", "-sS", *options, "-H", f"Authorization: Bearer {token}", url], capture_output=True, check=False
-    )
-
-
-def calls_url(gunicorn: Gunicorn, **parameters: Any) -> str:
-    return f"{gunicorn.url}/api/calls?{urlencode({'domain_name': 'alpha.example.com'} | parameters)}"
-
-
 @pytest.mark.parametrize("kind", ["json", "ndjson", "csv"])
 def test_a_large_answer_is_whole(large: Database, gunicorn: Gunicorn, token: str, kind: str) -> None:
     done = curl(calls_url(gunicorn, format=kind), token)
@@ -143,23 +110,6 @@ def test_a_large_answer_is_whole(large: Database, gunicorn: Gunicorn, token: str
     where = "WHERE domain_name = 'alpha.example.com' ORDER BY end_stamp, xml_cdr_uuid"
     stored = large.execute(f"SELECT xml_cdr_uuid::text FROM v_xml_cdr {where}")
     assert [call["xml_cdr_uuid"] for call in calls] == [row[0] for row in stored]
-
-
-def open_stream(gunicorn: Gunicorn, token: str, buffer: int = 4096, **parameters: Any) -> tuple[socket.socket, bytes]:
-    """A client that reads the first bytes of an answer and then stops reading."""
-    parts = urlsplit(calls_url(gunicorn, **parameters))
-    client = socket.create_connection((str(parts.hostname), int(parts.port or 0)))
-    client.settimeout(60)
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-    client.sendall(
-        f"GET {parts.path}?{parts.query} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
-    )
-    return client, client.recv(2000)
-
-
-def active_copies(database: Database) -> list[int]:
-    query = "SELECT pid FROM pg_stat_activity WHERE datname = %s AND usename = 'cdr_api' AND state = 'active'"
-    return [row[0] for row in database.execute(query, [database.name])]
 
 
 @pytest.mark.parametrize("kind", ["json", "ndjson", "csv"])
@@ -269,14 +219,6 @@ def read_all(url: str, token: str) -> int:
         size += len(chunk)
     connection.close()
     return size
-
-
-def peak_memory(pid: int) -> int:
-    """The peak of a process's resident memory since it was last reset, in bytes."""
-    for line in Path(f"/proc/{pid}/status").read_text("ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError
 
 
 @pytest.mark.skipif(

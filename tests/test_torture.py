@@ -343,7 +343,7 @@ def read_table(node: Node) -> set[str]:
         return {str(row[0]) for row in connection.execute("SELECT xml_cdr_uuid FROM v_xml_cdr")}
 
 
-def check(book: Book, node: Node, pollers: Iterable[Poller], *, once: bool) -> None:
+def compare(book: Book, node: Node, pollers: Iterable[Poller], *, once: bool) -> None:
     """Compares what was delivered with what was committed; once: that no call came twice or late."""
     table = read_table(node)
     sure = {key: call for key, call in book.doubtful.items() if key in table or key in book.deleted}
@@ -419,7 +419,7 @@ def test_the_feed_delivers_every_call_through_crashes_and_rewrites(node: Node) -
         with play(book, works, pollers) as working:
             act(book, SECONDS, lambda: persist(book, mass_update), *scenes * ROUNDS)
             settle(book, node, working)
-    check(book, node, pollers, once=False)
+    compare(book, node, pollers, once=False)
 
 
 @pytest.mark.direct("runs a server of its own, which crashes")
@@ -431,7 +431,7 @@ def test_no_call_is_delivered_twice_when_none_is_changed(node: Node) -> None:
         with play(book, works, pollers) as working:
             act(book, LESS, *(lambda fall=fall: survive(book, node, fall) for fall in (node.crash, lambda: kill(node))))
             settle(book, node, working)
-    check(book, node, pollers, once=True)
+    compare(book, node, pollers, once=True)
 
 
 def promote(book: Book, node: Node, standby: Node) -> None:
@@ -459,7 +459,7 @@ def test_the_feed_of_a_standby_goes_on_after_its_promotion(node: Node) -> None:
                 poller.url = after.url
             act(book, LESS / 2)
             settle(book, standby, working)
-        check(book, standby, pollers, once=True)
+        compare(book, standby, pollers, once=True)
 
 
 @dataclass
