@@ -37,10 +37,10 @@ LOCK = $(BIN)/pip-compile --quiet --upgrade --generate-hashes --strip-extras --n
   --no-emit-find-links --no-emit-trusted-host pyproject.toml
 HEAD = "\# Made by make lock from pyproject.toml: change that, not this.\n"
 
-lock: $(BIN)/python ## requirements*.txt anew from pyproject.toml
+lock: $(BIN)/python ## the three requirements.txt anew from pyproject.toml
 	$(BIN)/python -m pip install --quiet pip-tools
-	for extra in "" demo test; do \
-	  file=requirements$${extra:+-$$extra}.txt; \
+	for extra in "" demo tests; do \
+	  file=$${extra:+$$extra/}requirements.txt; \
 	  $(LOCK) $${extra:+--extra $$extra} --output-file - > $$file.new && (printf $(HEAD); cat $$file.new) > $$file; rm $$file.new; \
 	done
 
@@ -56,11 +56,11 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) \
 	  || { echo "Python's venv module is missing or broken; on Debian and Ubuntu: apt install python3-venv"; rm -rf $(VENV); exit 1; }
 
-$(VENV)/run: requirements.txt requirements-demo.txt | $(BIN)/python
+$(VENV)/run: requirements.txt demo/requirements.txt | $(BIN)/python
 	@echo "Installing into $(VENV) …"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-demo.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r demo/requirements.txt
 	@touch $@
 
-$(VENV)/test: requirements-test.txt $(VENV)/run
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-test.txt
+$(VENV)/test: tests/requirements.txt $(VENV)/run
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r tests/requirements.txt
 	@touch $@
