@@ -19,7 +19,8 @@ from flask.cli import AppGroup, with_appcontext
 from werkzeug.security import generate_password_hash
 
 from cdr import accounts
-from cdr.check import BAD, GOOD, NOTE, run_checks
+from cdr.check import run_checks
+from cdr.check_calls import BAD, GOOD, NOTE
 from cdr.database import Connection, connect, run
 from cdr.settings import Settings
 
@@ -102,10 +103,6 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def show(stamp: Any) -> str | None:
-    return stamp.isoformat(" ", "seconds") if stamp else None
-
-
 # Accounts ---------------------------------------------------------------------
 
 
@@ -146,7 +143,7 @@ def list_users() -> None:
                 row["name"],
                 "*" if row["all_domains"] else ", ".join(row["domain_names"]) or None,
                 row["tokens"],
-                "disabled" if row["disabled_at"] else "enabled",
+                "disabled" if row["disabled"] else "enabled",
             )
             for row in rows
         ),
@@ -251,10 +248,7 @@ def list_tokens(email: str | None) -> None:
         rows = run(connection, "select_tokens", account_id=account_id)
     print_table(
         ("ID", "E-MAIL", "CREATED", "LAST USED", "EXPIRES"),
-        (
-            (row["token_id"], row["email"], show(row["created_at"]), show(row["last_used_at"]), show(row["expires_at"]))
-            for row in rows
-        ),
+        ((row["token_id"], row["email"], row["created_at"], row["last_used_at"], row["expires_at"]) for row in rows),
     )
 
 

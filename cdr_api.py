@@ -30,7 +30,7 @@ from urllib.parse import quote, urlencode
 from uuid import uuid4
 
 import psycopg
-from flask import Blueprint, Flask, Response, current_app, g, jsonify, request
+from flask import Blueprint, Flask, Response, current_app, g, request
 from flask_httpauth import HTTPTokenAuth
 from gunicorn.http.errors import ParseException
 from psycopg import sql
@@ -45,10 +45,12 @@ from cdr.errors import ApiError, envelope, from_database, refuse, unexpected
 from cdr.parsing import (
     Parsers,
     integer_between,
+    is_uuid,
     list_of,
     one_of,
     parse_flag,
     parse_pairs,
+    parse_uuid,
     parse_uuids,
     parse_zone,
     read_json_object,
@@ -57,12 +59,21 @@ from cdr.parsing import (
 )
 from cdr.ranges import parse_moment
 from cdr.requestlog import Entry
-from cdr.selection import FIELDS, FILTERS, Domains, Selection, find_keys, find_next_key, parse_fields
+from cdr.selection import (
+    FIELDS,
+    FILTERS,
+    Domains,
+    Selection,
+    compose_matching,
+    find_keys,
+    find_next_key,
+    parse_fields,
+)
 from cdr.service import Service
 from cdr.settings import SettingError, Settings
 from cdr.short import SHORT_ROWS, find_short
-from cdr.statements import STATEMENTS, mogrify
-from cdr.stream import FORMATS, CallStream, Client, Format, write_copies
+from cdr.statements import STATEMENTS, can_hold
+from cdr.stream import FORMATS, CallStream, Client, Format, write_copies, write_rows
 from cdr_admin import register_commands
 from cdr_metrics import register_metrics
 from cdr_pages import register_pages
@@ -149,16 +160,24 @@ def limit_silence() -> None:
 
 def examine_front() -> None:
     """Before every request: whether the proxy and the server in front are set up as they should be."""
-    forwarded = "X-Forwarded-For" in request.headers
-    if forwarded and not service().settings.proxies:
-        text = "requests come through a proxy, and CDR_API_PROXIES is 0: all clients count as one address"
-        service().warn("proxies", text)
-    if forwarded and request.environ.get("SERVER_PROTOCOL") == "HTTP/1.0":
-        text = "the proxy asks in HTTP/1.0, where a broken answer looks whole: proxy_http_version 1.1;"
-        service().warn("HTTP version", text)
-    if not request.environ["wsgi.multithread"] and "gunicorn.socket" in request.environ:
-        text = "gunicorn runs a sync worker, which kills long answers at its time-out: use gthread"
-        service().warn("workers", text)
+    forwarded, environ = "X-Forwarded-For" in request.headers, request.environ
+    if forwarded:
+        judge_front("proxies", PROXIES, good=service().settings.proxies > 0)
+        judge_front("HTTP version", HTTP_VERSION, good=environ.get("SERVER_PROTOCOL") != "HTTP/1.0")
+    if "gunicorn.socket" in environ:
+        judge_front("workers", SYNC_WORKER, good=environ["wsgi.multithread"])
+
+
+PROXIES = "requests come through a proxy, and CDR_API_PROXIES is 0: all clients count as one address"
+HTTP_VERSION = "the proxy asks in HTTP/1.0, where a broken answer looks whole: proxy_http_version 1.1;"
+SYNC_WORKER = "gunicorn runs a sync worker, which kills long answers at its time-out: use gthread"
+
+
+def judge_front(name: str, text: str, *, good: bool) -> None:
+    if good:
+        service().settle(name)
+    else:
+        service().warn(name, text)
 
 
 def show_request_id(response: Response) -> Response:
@@ -220,6 +239,8 @@ def refuse_secrets_in_query() -> None:
 
 def read_query(parsers: Parsers, required: Collection[str] = ()) -> dict[str, Any]:
     """The values of the route's parameters; ApiError 422 names everything that is wrong."""
+    if any(name == "domain_uuid" for name, _ in query_pairs()):  # which stands for domain_name
+        required = set(required) - {"domain_name"}
     return parse_pairs(query_pairs(), parsers, required)
 
 
@@ -262,7 +283,7 @@ tokens = HTTPTokenAuth(scheme="Bearer")
 @tokens.verify_token
 def verify_token(token: str) -> Account | None:
     """The account of a live token, or None."""
-    account = accounts.authenticate(service(), token, dict(query_pairs()).get("domain_name", ""))
+    account = accounts.authenticate(service(), token, read_naming())
     if account:
         entry().account_id = account.account_id
     elif token:
@@ -281,23 +302,31 @@ def current_account() -> Account:
     return account
 
 
-def read_domains(domain_name: str | None) -> Domains:
-    """The one place that decides which domains a request may read: one by its name, or all of the account.
+def read_naming() -> dict[str, str]:
+    """The domain that the request names, by domain_name or domain_uuid, unless that is going to be refused."""
+    for name, value in query_pairs():
+        if name == "domain_uuid" and is_uuid(value):
+            return {name: value}
+        if name == "domain_name" and value and can_hold(service().accounts.codec, value) and "\0" not in value:
+            return {name: value}
+    return {}
+
+
+def read_domains(values: Mapping[str, Any], *, anew: bool = False) -> Domains:
+    """The one place that decides which domains a request may read: those that it names, or all of the account.
 
     Raises ApiError 403, the same for a foreign domain and for none; 404 only
-    for accounts that may read all. FusionPBX does not keep names unique
-    (FACTS): a name is readable when every domain that bears it is.
+    for accounts that may read all. anew: as they are now, and not when the token was looked up.
     """
     account = current_account()
-    if domain_name is None:
-        parameters = {"account_id": account.account_id, "all_domains": account.all_domains}
-        (row,) = service().accounts.rows("find_domains", **parameters)
-        return Domains(None, row["domain_names"] or [], row["domain_uuids"] or [], row["other_uuids"] or [])
-    if account.all_domains and not account.domains:
-        raise ApiError(404, "There is no such domain.")
-    if not account.all_domains and not 0 < account.domains == account.granted:
-        raise ApiError(403, "This account may not read this domain.")
-    return Domains(domain_name, [domain_name], account.domain_uuids or [], account.other_uuids or [])
+    if values["domain_name"] is None and values["domain_uuid"] is None:
+        return accounts.find_domains(service(), account)
+    if values["domain_name"] is not None and values["domain_uuid"] is not None:
+        refuse("domain_uuid", "names the domain instead of domain_name, not beside it")
+    naming = read_naming()
+    if anew and naming:
+        account = accounts.find_named(service(), account, naming)
+    return accounts.select_domains(account, values["domain_uuid"])
 
 
 # Auth routes ------------------------------------------------------------------
@@ -315,7 +344,7 @@ def register() -> tuple[dict[str, Any], int]:
         "password_confirmation": str,
     }
     values = parse_pairs(read_body(), parsers, parsers)
-    accounts.check_new_password(values)
+    accounts.check_new_account(service(), values)
     return accounts.show_login(*accounts.register(service(), values)), 201
 
 
@@ -382,14 +411,23 @@ def answer_short(calls: list[bytes], output: Format) -> Response:
     return Response(output.enclose(calls), content_type=output.content_type)
 
 
-def answer_rows(statement: str, parameters: Mapping[str, Any], zone: str, **names: sql.Composable) -> Response:
-    """The rows of a statement on matching_calls, in a transaction of its own."""
-    text = STATEMENTS[statement].format(matching_calls=STATEMENTS["matching_calls"], **names).as_string()
-    with service().reading(current_account().account_id, sort=True, zone=zone) as connection:
-        rows = connection.execute(mogrify(connection, text, parameters)).fetchall()
-        connection.execute("COMMIT")
-    service().calls.give_back(connection)
-    return jsonify(rows)
+def answer_rows(
+    statement: str,
+    selection: Selection,
+    columns: Mapping[str, bool],
+    values: Mapping[str, Any],
+    parameters: Mapping[str, Any] | None = None,
+    **names: sql.Composable,
+) -> Response:
+    """The rows of a statement on matching_calls, as a stream. columns: of each whether it is text."""
+    output, strings = FORMATS["json"], [name for name, is_text in columns.items() if is_text]
+    with service().reading(current_account().account_id, sort=True, zone=values["tz"]) as connection:
+        matching_calls = compose_matching(selection.source(connection))
+        query = STATEMENTS[statement].format(matching_calls=matching_calls, **names)
+        all_parameters = {**selection.parameters(), **(parameters or {})}
+        copy = write_rows(service(), connection, query, all_parameters, output, strings)
+        stream = CallStream(service(), client(), connection, copy, output, list(columns))
+    return answer_stream(stream, {})
 
 
 def next_url(parameter: str, cursor: str) -> str:
@@ -414,8 +452,10 @@ def link(parameter: str, cursor: str) -> dict[str, str]:
 parse_limit = integer_between(1, 100_000)
 parse_by = one_of("start", "end")
 
+DOMAIN: dict[str, Any] = {"domain_name": str, "domain_uuid": parse_uuid}
 CALLS: dict[str, Any] = {
-    "domain_name": str,
+    **DOMAIN,
+    "tz": parse_zone,
     "fields": parse_fields,
     "format": str,
     "csv_safe": parse_flag,
@@ -431,40 +471,49 @@ CALL_RANGE: dict[str, Any] = {**CALLS, "from": parse_moment, "to": parse_moment}
 @tokens.login_required
 def calls() -> Response:
     values = read_query(CALLS, {"domain_name"})
-    return answer_calls(values, Selection.of(read_domains(values["domain_name"]), values))
+    return answer_calls(values, select(values))
 
 
 @api.get("/call_range")
 @tokens.login_required
 def call_range() -> Response:
     values = read_query(CALL_RANGE, {"domain_name", "from", "to"})
-    return answer_calls(values, select_range(values, service().time_zone))
+    return answer_calls(values, select_range(values))
 
 
-def select_range(values: Mapping[str, Any], zone: str) -> Selection:
+def select(values: Mapping[str, Any], *, anew: bool = False) -> Selection:
+    """The calls of a request's domains and filters."""
+    return Selection.of(read_domains(values, anew=anew), values, service().calls.codec)
+
+
+def select_range(values: Mapping[str, Any]) -> Selection:
     """The calls of a request's domains, filters and range; ApiError 422 for a wrong range."""
-    start, end = ranges.find_range(values["from"], values["to"], zone)
-    selection = Selection.of(read_domains(values["domain_name"]), values)
-    return selection.within(start, end, values["by"] or "end")
+    start, end = ranges.find_range(values["from"], values["to"], read_zone(values))
+    return select(values).within(start, end, values["by"] or "end")
+
+
+def read_zone(values: Mapping[str, Any]) -> str:
+    """The zone that stamps are shown in, and from and to without an offset read in."""
+    return values["tz"] or service().time_zone
 
 
 def answer_calls(values: Mapping[str, Any], selection: Selection) -> Response:
     """The selected calls by a request's format, fields and page: few at once, more as a stream."""
     output, fields, limit = choose_format(values), values["fields"] or FIELDS, values["limit"]
     account_id = current_account().account_id
-    purpose = [account_id, request.path, values["domain_name"], selection.identity()]
+    purpose = [account_id, request.path, sorted(selection.domains.uuids), selection.identity()]
     key = read_cursor(service().secret, purpose, "after", values["after"]) if values["after"] is not None else None
     parts = selection.parts(key, limit)
     if output.statement == "copy_json" and not selection.may_be_undated:
-        short = find_short(service(), parts[0], fields)
+        short = find_short(service(), parts[0], fields, values["tz"])
         if short is not None and len(short) <= (limit or SHORT_ROWS):
             return answer_short(short, output)
     headers: dict[str, str] = {}
     _ = limit and service().secret  # before a connection is held: it may take one of its own
-    with service().reading(account_id, sort=selection.by == "start") as connection:
+    with service().reading(account_id, sort=selection.needs_sort, zone=values["tz"]) as connection:
         if limit and (key := find_next_key(connection, parts[0])):
             headers = link("after", write_cursor(service().secret, purpose, key))
-        query = write_copies(connection, parts, output, fields, csv_safe=bool(values["csv_safe"]))
+        query = write_copies(service(), connection, parts, output, fields, csv_safe=bool(values["csv_safe"]))
         stream = CallStream(service(), client(), connection, query, output, fields)
     return answer_stream(stream, headers)
 
@@ -480,7 +529,8 @@ def domains() -> list[dict[str, Any]]:
 FEED: dict[str, Any] = {
     "cursor": str,
     "from": parse_moment,
-    "domain_name": str,
+    **DOMAIN,
+    "tz": parse_zone,
     "fields": parse_fields,
     "format": str,
     "csv_safe": parse_flag,
@@ -497,46 +547,61 @@ def call_feed() -> Response:
     if (values["cursor"] is None) == (values["from"] is None):
         refuse("cursor", "is needed, or from at the first poll; not both")
     output, fields, account = choose_format(values), values["fields"] or FIELDS, current_account()
-    selection = Selection.of(read_domains(values["domain_name"]), values)
     horizon = feed.find_horizon(service())
+    selection = select(values, anew=True)  # after the horizon: a domain that has calls below it is seen
     _ = service().secret  # before a connection is held: it may take one of its own
-    with service().reading(account.account_id, sort=True) as connection:
-        window = feed.read_window(service(), connection, account, selection, horizon, values)
+    with service().reading(account.account_id, sort=True, zone=values["tz"]) as connection:
+        window, is_known = feed.read_window(service(), connection, account, selection, horizon, values)
         parts = window.parts(values["limit"])
         key = find_next_key(connection, parts[0]) if values["limit"] else None
         following = window.following(key)
         text = write_cursor(service().secret, "feed", asdict(following))
-        headers = {"X-Next-Cursor": text, "X-Complete-Through": following.through, **link("cursor", text)}
-        query = write_copies(connection, parts, output, fields, csv_safe=bool(values["csv_safe"]))
+        headers = {"X-Next-Cursor": text, **link("cursor", text)}
+        if is_known:
+            headers["X-Complete-Through"] = following.through
+        query = write_copies(service(), connection, parts, output, fields, csv_safe=bool(values["csv_safe"]))
         stream = CallStream(service(), client(), connection, query, output, fields)
     return answer_stream(stream, headers)
 
 
-GROUPS = ("domain_name", "direction", "hangup_cause", "accountcode", "extension_uuid", "hour", "day", "month")
+GROUPS = (
+    "domain_name",
+    "domain_uuid",
+    "direction",
+    "hangup_cause",
+    "accountcode",
+    "extension_uuid",
+    "hour",
+    "day",
+    "month",
+)
 parse_groups = list_of(GROUPS, "group", f"; it knows {', '.join(GROUPS)}")
 
 TOTALS: dict[str, Any] = {
     "from": parse_moment,
     "to": parse_moment,
     "by": parse_by,
-    "domain_name": str,
+    **DOMAIN,
     "group_by": parse_groups,
     "tz": parse_zone,
     **FILTERS,
 }
 
 
+TOTALS_COLUMNS = {"calls": False, "answered": False, "billsec": False, "billmsec": False, "digest": True}
+
+
 @api.get("/call_totals")
 @tokens.login_required
 def call_totals() -> Response:
     values = read_query(TOTALS, {"from", "to"})
-    zone = values["tz"] or service().time_zone
-    selection = select_range(values, zone)
+    selection = select_range(values)
     keys = [sql.Identifier(name) for name in values["group_by"] or ()]
     listed = sql.SQL(", ").join(keys)
     group_by = sql.SQL("GROUP BY {0} ORDER BY {0}").format(listed) if keys else sql.SQL("")
-    names = {"keys": listed + sql.SQL(", ") if keys else listed, "group_by": group_by}
-    return answer_rows("select_totals", selection.parameters(), zone, **names)
+    columns = {**dict.fromkeys(values["group_by"] or (), True), **TOTALS_COLUMNS}
+    keys_first = listed + sql.SQL(", ") if keys else listed
+    return answer_rows("select_totals", selection, columns, values, keys=keys_first, group_by=group_by)
 
 
 @api.post("/call_lookup")
@@ -545,12 +610,12 @@ def call_lookup() -> Response:
     values = read_query({"fields": parse_fields})
     uuids = parse_pairs(read_body(), {"xml_cdr_uuid": parse_uuids}, {"xml_cdr_uuid"})["xml_cdr_uuid"]
     fields = values["fields"] or FIELDS
-    selection = Selection(read_domains(None), uuids=uuids)
+    selection = replace(select(dict.fromkeys(CALLS)), uuids=uuids)
     with service().reading(current_account().account_id, sort=True) as connection:
         there = {uuid for _, uuid in find_keys(connection, selection)}
         not_found = json.dumps([uuid for uuid in uuids if uuid not in there], separators=(",", ":")).encode()
         output = replace(FORMATS["json"], opening=b'{"calls":[', closing=b'],"not_found":' + not_found + b"}\n")
-        query = write_copies(connection, [selection], output, fields, csv_safe=False)
+        query = write_copies(service(), connection, [selection], output, fields)
         stream = CallStream(service(), client(), connection, query, output, fields)
     return answer_stream(stream, {})
 
@@ -560,7 +625,7 @@ CONCURRENCY: dict[str, Any] = {
     "from": parse_moment,
     "to": parse_moment,
     "resolution": one_of("1", "5", "15", "30", "60"),
-    "domain_name": str,
+    **DOMAIN,
     "tz": parse_zone,
     **FILTERS,
 }
@@ -572,31 +637,33 @@ LONGEST_CALL = timedelta(days=7)
 @api.get("/concurrent_calls_by_domain")
 @tokens.login_required
 def concurrent_calls_by_domain() -> Response:
-    return answer_intervals("select_peaks")
+    columns = {"domain_name": True, "start_interval": True, "end_interval": True, "active_calls": False}
+    return answer_intervals("select_peaks", columns)
 
 
 @api.get("/active_calls_by_domain")
 @tokens.login_required
 def active_calls_by_domain() -> Response:
-    return answer_intervals("select_activity")
+    texts = dict.fromkeys(("start_interval", "end_interval", "domain"), True)
+    numbers = dict.fromkeys(("inbound", "outbound", "internal", "total"), False)
+    return answer_intervals("select_activity", {**texts, **numbers})
 
 
-def answer_intervals(statement: str) -> Response:
+def answer_intervals(statement: str, columns: Mapping[str, bool]) -> Response:
     """The rows of a statement about intervals, for the parameters of both routes."""
     values = read_query(CONCURRENCY)
-    zone = values["tz"] or service().time_zone
     if (values["date"] is None) == (values["from"] is None and values["to"] is None):
         refuse("date", "is needed, or from and to instead; not both")
     first, last = (values["date"], values["date"]) if values["date"] else (values["from"], values["to"])
     if first is None or last is None:
         refuse("from" if first is None else "to", "is needed")
-    start, until = ranges.find_range(first, last, zone)
+    start, until = ranges.find_range(first, last, read_zone(values))
     if until - start > LONGEST_RANGE:
         refuse("to", "must be at most 31 days after from")
     ended = ranges.clamp(lambda: until + LONGEST_CALL, ranges.LATEST)
-    selection = Selection.of(read_domains(values["domain_name"]), values).within(start, ended, "end")
+    selection = select(values).within(start, ended, "end")
     step = 60 * int(values["resolution"] or 1)
-    return answer_rows(statement, {**selection.parameters(), "until": until.isoformat(), "step": step}, zone)
+    return answer_rows(statement, selection, columns, values, {"until": until.isoformat(), "step": step})
 
 
 # Health -----------------------------------------------------------------------

@@ -11,19 +11,30 @@
 -- Calls ----------------------------------------------------------------------
 
 -- name: begin_read
--- Opens the transaction of one answer: everything in it sees one snapshot.
+-- Opens the transaction of one answer: everything in it sees one snapshot, and
+-- every value is written in one way, whatever a database or role is set to.
 -- The planner's rows come in the order of an index where there is one, so that
 -- the first row does not wait for a sort of all of them. Calls are stored in the
 -- order of their end, so an index on the domain first reads few pages twice; the
 -- planner, which judges by the domain alone, would go through the whole table.
--- The lock comes before the snapshot: to a snapshot that is older than the end of
--- an ALTER TABLE that rewrites the table, the table would look empty.
-BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
-LOCK TABLE v_xml_cdr IN ACCESS SHARE MODE;
+-- A policy that hides rows from us is an error, not a shorter answer.
+BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;{lock}
 SET LOCAL enable_sort = %(enable_sort)s;
 SET LOCAL random_page_cost = 1.1;
+SET LOCAL row_security = off;
 SET LOCAL DateStyle = 'ISO';
+SET LOCAL extra_float_digits = 1;
 SET LOCAL TimeZone = %(time_zone)s;
+
+-- name: set_encoding
+-- Text comes as it is stored, and is decoded by us.
+SET LOCAL client_encoding = {encoding}
+
+-- name: lock_calls
+-- Comes before the snapshot: to a snapshot that is older than the end of an ALTER
+-- TABLE that rewrites the table, the table would look empty. PostgreSQL locks no
+-- foreign table and no materialized view.
+LOCK TABLE v_xml_cdr IN ACCESS SHARE MODE;
 
 -- name: take_stream_slot
 -- One row: whether the account gets a slot for another long answer: one of its
@@ -59,7 +70,7 @@ SELECT row_to_json(found)::text AS found FROM ({query}) AS found;
 -- EXECUTE sees a snapshot that is older than its own locks: without the LOCK before
 -- it, a table that was being rewritten would look empty.
 {begin};
-SET LOCAL plan_cache_mode = force_generic_plan;
+{encoding}SET LOCAL plan_cache_mode = force_generic_plan;
 SET LOCAL statement_timeout = %(timeout)s;
 {execute};
 COMMIT;
@@ -75,29 +86,26 @@ DEALLOCATE {name};
 
 -- name: matching_calls
 -- No statement but what all that read calls read from: one row is one call (one
--- row of v_xml_cdr) that the parameters ask for, in no order.
--- part: "dated" are the calls that have an end stamp, behind the key
--- (after_stamp, after_uuid); "undated" those that have none, behind after_uuid;
--- "both" is all of them.
--- one_domain: calls of domain_name, else of domain_names.
--- domain_uuids are those of the domain or domains asked for, other_uuids those of
--- all others: a call that bears our name but belongs to another domain (it was
--- imported after FusionPBX renamed that, and we took the name) is not ours.
--- by: from and to mean the "start" or the "end" stamp; "" is no range.
--- low, high: only what transactions in [low, high) wrote (32 bits of their ids
--- as text); low NULL: in all but those from high on.
+-- row of v_xml_cdr) that the parameters ask for, in no order. {own_calls} are the
+-- calls of the domains asked for, {written} is a condition of the feed, or empty.
+-- part: "dated" are the calls that have an end, after the key (after_stamp,
+-- after_uuid); "undated" those that have none, after after_uuid; "both" is all.
+-- by: from and to mean the "start" or the "end"; "" is no range. from_epoch and
+-- to_epoch are bounds of the end in whole epoch seconds, wider if need be.
+-- possible: false where a filter holds what the database's encoding cannot.
 --
 -- "absent" lists every column that some FusionPBX from 4.2 to master lacks. A
 -- name that v_xml_cdr does not have resolves to the NULL out here; a name that
 -- it has hides it. So one text serves every release, and the planner folds the
 -- NULLs and drops the columns nobody asked for. The casts repair the types of
--- 4.x (a text end_stamp, stamps without a zone, the key called "uuid") and
--- cost nothing where the type is right.
+-- 4.x and cost nothing where the type is right.
 --
--- '04713-01-01 BC' is the first moment PostgreSQL knows; as text it sorts behind
--- '' and before every stamp in every collation. So a blank end stamp (text, in
--- 4.x) counts as none instead of stopping the answer.
--- The comparison of end_stamp with after_stamp alone adds nothing but this: by it
+-- kind.old: end_stamp is text, as in 4.x. It is told by how the planner compares
+-- two constants of the column's own type, and folded before anything is read: as
+-- text 4713 BC sorts after the year 1, as a time before it. Then the epochs count
+-- where they are greater than 0, for they have one meaning in all releases, and a
+-- text only where it is a time. 253402300799 is the end of the year 9999.
+-- The comparison of end_at with after_stamp alone adds nothing but this: by it
 -- PostgreSQL leaves out the partitions of earlier months, by that of the key not.
 -- scale(x) is NULL for NaN and Infinity, and 0 for what is whole, as it nearly always
 -- is: then nothing needs rounding, which takes longer than to ask.
@@ -110,23 +118,25 @@ DEALLOCATE {name};
                NULL::uuid AS cc_agent_uuid, NULL::text AS cc_agent_bridged,
                NULL::numeric AS cc_queue_answered_epoch, NULL::numeric AS cc_queue_terminated_epoch,
                NULL::numeric AS cc_queue_canceled_epoch, NULL::text AS cc_cancel_reason,
-               NULL::text AS cc_cause) AS absent
+               NULL::text AS cc_cause, NULL::text AS status, NULL::timestamptz AS insert_date,
+               NULL::timestamptz AS update_date, NULL::numeric AS record_length,
+               NULL::numeric AS hold_accum_seconds, NULL::uuid AS provider_uuid,
+               NULL::uuid AS ring_group_uuid, NULL::uuid AS ivr_menu_uuid,
+               NULL::text AS call_disposition) AS absent
  CROSS JOIN LATERAL (
-       SELECT CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END AS xml_cdr_uuid,
-              domain_uuid, extension_uuid, sip_call_id, domain_name, accountcode, direction,
+       SELECT at.key AS xml_cdr_uuid,
+              domain_uuid, extension_uuid, sip_call_id, cdr.present_name AS domain_name, accountcode, direction,
               default_language, context, caller_id_name, caller_id_number, caller_destination,
               source_number, destination_number,
               CASE WHEN scale(start_epoch::numeric) = 0 THEN start_epoch
                    WHEN scale(start_epoch::numeric) > 0 THEN trunc(start_epoch) END AS start_epoch,
-              to_jsonb(start_stamp::timestamptz) #>> '{}' AS start_stamp,
-              CASE WHEN answer_stamp::timestamptz > '1970-01-02 00:00+00'
-                   THEN to_jsonb(answer_stamp::timestamptz) #>> '{}' END AS answer_stamp,
+              to_jsonb(at.start_at) #>> '{{}}' AS start_stamp,
+              CASE WHEN at.answer_at > '1970-01-02 00:00+00' THEN to_jsonb(at.answer_at) #>> '{{}}' END AS answer_stamp,
               CASE WHEN scale(answer_epoch::numeric) = 0 THEN answer_epoch
                    WHEN scale(answer_epoch::numeric) > 0 THEN trunc(answer_epoch) END AS answer_epoch,
               CASE WHEN scale(end_epoch::numeric) = 0 THEN end_epoch
                    WHEN scale(end_epoch::numeric) > 0 THEN trunc(end_epoch) END AS end_epoch,
-              CASE WHEN end_stamp > '04713-01-01 BC'
-                   THEN to_jsonb(end_stamp::timestamptz) #>> '{}' END AS end_stamp,
+              CASE WHEN at.end_at > '-infinity' THEN to_jsonb(at.end_at) #>> '{{}}' END AS end_stamp,
               CASE WHEN duration IS NULL THEN 0
                    WHEN scale(duration::numeric) = 0 THEN duration
                    WHEN scale(duration::numeric) > 0 THEN round(duration) END AS duration,
@@ -160,28 +170,43 @@ DEALLOCATE {name};
               hangup_cause,
               CASE WHEN scale(hangup_cause_q850::numeric) = 0 THEN hangup_cause_q850
                    WHEN scale(hangup_cause_q850::numeric) > 0 THEN trunc(hangup_cause_q850) END AS hangup_cause_q850,
-              sip_hangup_disposition, xml,
-              start_stamp::timestamptz AS start_at, end_stamp::timestamptz AS end_at
-         FROM v_xml_cdr AS cdr
-        WHERE (%(one_domain)s AND cdr.domain_name = %(domain_name)s
-               OR NOT %(one_domain)s AND cdr.domain_name = ANY(%(domain_names)s::text[]))
-          AND (cdr.domain_uuid IS NULL
-               OR cdr.domain_uuid = ANY(%(domain_uuids)s::uuid[])
-               OR cdr.domain_uuid <> ALL(%(other_uuids)s::uuid[]))
+              sip_hangup_disposition, xml, status,
+              to_jsonb(insert_date::timestamptz) #>> '{{}}' AS insert_date,
+              to_jsonb(update_date::timestamptz) #>> '{{}}' AS update_date,
+              CASE WHEN scale(record_length::numeric) >= 0 THEN round(record_length::numeric) END AS record_length,
+              CASE WHEN scale(hold_accum_seconds::numeric) >= 0
+                   THEN round(hold_accum_seconds::numeric) END AS hold_accum_seconds,
+              provider_uuid, ring_group_uuid, ivr_menu_uuid, call_disposition,
+              at.start_at, at.end_at
+         FROM {own_calls} AS cdr
+        CROSS JOIN LATERAL (
+              SELECT NOT CASE WHEN false THEN cdr.end_stamp ELSE '04713-01-01 BC' END
+                         < CASE WHEN false THEN cdr.end_stamp ELSE '0001-01-01' END AS old) AS kind
+        CROSS JOIN LATERAL (
+              SELECT CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END AS key,
+                     CASE WHEN kind.old AND cdr.start_epoch BETWEEN 1 AND 253402300799
+                          THEN to_timestamp(cdr.start_epoch::float8)
+                          ELSE cdr.start_stamp::timestamptz END AS start_at,
+                     CASE WHEN kind.old AND cdr.answer_epoch BETWEEN 1 AND 253402300799
+                          THEN to_timestamp(cdr.answer_epoch::float8)
+                          ELSE cdr.answer_stamp::timestamptz END AS answer_at,
+                     CASE WHEN kind.old AND cdr.end_epoch BETWEEN 1 AND 253402300799
+                          THEN to_timestamp(cdr.end_epoch::float8)
+                          WHEN NOT kind.old OR {is_time} THEN cdr.end_stamp::timestamptz END AS end_at) AS at
+        WHERE %(possible)s
           AND (%(by)s <> 'start'
-               OR cdr.start_stamp::timestamptz >= %(from)s::timestamptz
-              AND cdr.start_stamp::timestamptz < %(to)s::timestamptz)
+               OR at.start_at >= %(from)s::timestamptz AND at.start_at < %(to)s::timestamptz)
           AND (%(part)s <> 'dated'
-               OR (cdr.end_stamp > '04713-01-01 BC') IS TRUE
-              AND cdr.end_stamp::timestamptz >= %(after_stamp)s::timestamptz
-              AND (cdr.end_stamp::timestamptz,
-                   CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END)
-                  > (%(after_stamp)s::timestamptz, %(after_uuid)s::uuid)
-              AND (%(by)s <> 'end' OR cdr.end_stamp::timestamptz < %(to)s::timestamptz))
+               OR at.end_at > '-infinity'
+              AND at.end_at >= %(after_stamp)s::timestamptz
+              AND (at.end_at, at.key) > (%(after_stamp)s::timestamptz, %(after_uuid)s::uuid)
+              AND (%(by)s <> 'end' OR at.end_at < %(to)s::timestamptz)
+              AND (NOT kind.old
+                   OR cdr.end_epoch >= %(from_epoch)s AND cdr.end_epoch <= %(to_epoch)s
+                   OR cdr.end_epoch < 1 OR cdr.end_epoch > 253402300799 OR cdr.end_epoch IS NULL))
           AND (%(part)s <> 'undated'
-               OR (cdr.end_stamp IS NULL OR cdr.end_stamp <= '04713-01-01 BC')
-              AND (%(after_uuid)s::uuid IS NULL
-                   OR CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END > %(after_uuid)s::uuid))
+               OR (at.end_at IS NULL OR at.end_at = '-infinity')
+              AND (%(after_uuid)s::uuid IS NULL OR at.key > %(after_uuid)s::uuid))
           AND (%(direction)s::text IS NULL OR cdr.direction = %(direction)s::text)
           AND (%(leg)s::text IS NULL OR cdr.leg::text = %(leg)s::text)
           AND (%(accountcode)s::text IS NULL OR cdr.accountcode = %(accountcode)s::text)
@@ -191,20 +216,75 @@ DEALLOCATE {name};
           AND (%(source_number)s::text IS NULL OR cdr.source_number = %(source_number)s::text)
           AND (%(destination_number)s::text IS NULL OR cdr.destination_number = %(destination_number)s::text)
           AND (%(hangup_cause)s::text IS NULL OR cdr.hangup_cause = %(hangup_cause)s::text)
-          AND (%(billable_only)s::boolean IS NOT TRUE
-               OR coalesce(cdr.leg::text, 'a') = 'a'
-              AND cdr.hangup_cause IS DISTINCT FROM 'LOSE_RACE'
-              AND cdr.cc_side IS DISTINCT FROM 'agent'
-              AND originating_leg_uuid IS NULL)
-          AND (%(uuids)s::uuid[] IS NULL
-               OR CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END = ANY(%(uuids)s::uuid[]))
-          AND (%(high)s::text IS NULL
-               OR CASE WHEN %(low)s::text IS NULL
-                       THEN age(cdr.xmin) NOT BETWEEN 0 AND age(%(high)s::text::xid)
-                       ELSE age(cdr.xmin) <= age(%(low)s::text::xid) AND age(cdr.xmin) > age(%(high)s::text::xid)
-                   END)) AS calls
+          AND (%(status)s::text IS NULL OR status = %(status)s::text)
+          AND (%(uuids)s::uuid[] IS NULL OR at.key = ANY(%(uuids)s::uuid[])){written}) AS calls
  WHERE (%(answered)s::boolean IS NULL OR (coalesce(calls.billsec, 0) > 0) = %(answered)s::boolean)
-   AND (%(min_billsec)s::bigint IS NULL OR coalesce(calls.billsec, 0) >= %(min_billsec)s::bigint));
+   AND (%(min_billsec)s::bigint IS NULL OR coalesce(calls.billsec, 0) >= %(min_billsec)s::bigint)
+   AND (%(billable_only)s::boolean IS DISTINCT FROM true
+        OR coalesce(calls.leg::text, 'a') = 'a'
+       AND calls.hangup_cause IS DISTINCT FROM 'LOSE_RACE'
+       AND ((calls.cc_side IS DISTINCT FROM 'agent' AND calls.originating_leg_uuid IS NULL)
+            OR (calls.direction = 'outbound' AND calls.billsec > 0))));
+
+-- name: is_time
+-- No statement but a condition: the text end_stamp of 4.x is a time that a cast reads.
+-- Its day must be one of its month, else the cast would end the answer.
+CASE WHEN cdr.end_stamp::text
+          ~ '^\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])([ T]([01]\d|2[0-3]):[0-5]\d(:([0-5]\d|60)(\.\d{1,6})?)?\s*(Z|[-+]\d\d(:?\d\d)?)?)?$'
+     THEN left(cdr.end_stamp::text, 4) <> '0000'
+          AND substr(cdr.end_stamp::text, 9, 2)::int
+              <= extract(day FROM (left(cdr.end_stamp::text, 7) || '-01')::timestamp + interval '1 month - 1 day')
+     ELSE false END
+
+-- name: calls_of_domain
+-- What matching_calls reads from, for one domain: the rows that bear its uuid, and
+-- of those without a uuid the ones that bear its name (lone_names: if no other domain
+-- bears it too). {columns} are those of the table, with xmin for the feed. {order} is
+-- in_order where an index brings the first part so: then the two are merged, and the
+-- second, of few rows, alone is sorted.
+((SELECT {columns}, (%(domain_names)s::text[])[1] AS present_name
+    FROM v_xml_cdr AS cdr
+   WHERE cdr.domain_uuid = %(domain_uuid)s::uuid{order})
+  UNION ALL
+ (SELECT {columns}, cdr.domain_name
+    FROM v_xml_cdr AS cdr
+   WHERE cdr.domain_uuid IS NULL AND cdr.domain_name = ANY(%(lone_names)s::text[]){order}))
+
+-- name: in_order
+-- No statement but the order of the key, in which the index brings a domain's calls.
+   ORDER BY cdr.end_stamp, CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END
+
+-- name: calls_of_domains
+-- The same for several: domain_names are the names of domain_uuids.
+(SELECT {columns}, domains.name AS present_name
+   FROM unnest(%(domain_uuids)s::uuid[], %(domain_names)s::text[]) AS domains (uuid, name)
+   JOIN v_xml_cdr AS cdr ON cdr.domain_uuid = domains.uuid
+  UNION ALL
+ SELECT {columns}, cdr.domain_name
+   FROM v_xml_cdr AS cdr
+  WHERE cdr.domain_uuid IS NULL AND cdr.domain_name = ANY(%(lone_names)s::text[]))
+
+-- name: calls_of_all
+-- Every row, those of no domain too, under the name that it bears.
+(SELECT {columns}, coalesce(domains.name, cdr.domain_name) AS present_name
+   FROM v_xml_cdr AS cdr
+   LEFT JOIN unnest(%(domain_uuids)s::uuid[], %(domain_names)s::text[]) AS domains (uuid, name)
+     ON domains.uuid = cdr.domain_uuid)
+
+-- name: distinct_calls
+-- The rows of {own_calls} where nothing keeps a key from being stored twice: one of each
+-- key, the one that ends last. So lists, pages and sums speak of the same calls.
+(SELECT DISTINCT ON (CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END) cdr.*
+   FROM {own_calls} AS cdr
+  WHERE true{written}
+  ORDER BY CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END, cdr.end_stamp DESC NULLS LAST, cdr.end_epoch DESC)
+
+-- name: written
+-- No statement but a condition of the feed: only what transactions in [low, high) wrote
+-- (32 bits of their ids as text); low NULL: in all but those from high on.
+  AND CASE WHEN %(low)s::text IS NULL
+         THEN age(cdr.written_by) NOT BETWEEN 0 AND age(%(high)s::text::xid)
+         ELSE age(cdr.written_by) <= age(%(low)s::text::xid) AND age(cdr.written_by) > age(%(high)s::text::xid) END
 
 -- name: copy_json
 -- PostgreSQL's CSV writer writes JSON values: strings quoted and escaped, NULL
@@ -223,15 +303,26 @@ COPY ({query}) TO STDOUT (FORMAT csv, HEADER %(header)s);
 CASE WHEN {column}::text ~ '^[=+@\t\r\n-]' THEN '''' || {column} ELSE {column}::text END AS {name};
 
 -- name: examine_session
--- One row: pid, the process that serves us, and whether an index brings the calls
--- of a domain in the order of the key.
+-- One row: pid, the process that serves us; whether an index brings the calls of a
+-- domain in the order of the key, or those of a range by its epochs; lockable, whether LOCK TABLE takes the table; and
+-- doubled, whether nothing keeps a plain table from holding a key twice.
+WITH indexes AS (
+    SELECT i.indisvalid, i.indisunique, i.indpred,
+           (SELECT array_agg(a.attname::text ORDER BY a.attnum)
+              FROM pg_attribute AS a
+             WHERE a.attrelid = i.indexrelid AND a.attnum <= i.indnkeyatts) AS columns
+      FROM pg_index AS i
+     WHERE i.indrelid = to_regclass('v_xml_cdr')
+)
 SELECT pg_backend_pid() AS pid,
-       EXISTS (SELECT FROM pg_index AS i
-                WHERE i.indrelid = to_regclass('v_xml_cdr') AND i.indisvalid AND i.indpred IS NULL
-                  AND (SELECT array_agg(a.attname::text ORDER BY a.attnum)
-                         FROM pg_attribute AS a
-                        WHERE a.attrelid = i.indexrelid AND a.attnum <= 3)
-                      = ARRAY['domain_name', 'end_stamp', 'xml_cdr_uuid']) AS indexed;
+       EXISTS (SELECT FROM indexes WHERE indisvalid AND indpred IS NULL
+                  AND columns[1:3] = ARRAY['domain_uuid', 'end_stamp', 'xml_cdr_uuid']) AS indexed,
+       EXISTS (SELECT FROM indexes WHERE indisvalid AND indpred IS NULL
+                  AND columns[1:2] = ARRAY['domain_uuid', 'end_epoch']) AS epochs_indexed,
+       coalesce((SELECT relkind IN ('r', 'p', 'v') FROM pg_class WHERE oid = to_regclass('v_xml_cdr')), true) AS lockable,
+       coalesce((SELECT relkind IN ('r', 'p') FROM pg_class WHERE oid = to_regclass('v_xml_cdr')), false)
+           AND NOT EXISTS (SELECT FROM indexes WHERE indisunique AND indisvalid AND indpred IS NULL
+                              AND columns && ARRAY['uuid', 'xml_cdr_uuid']) AS doubled;
 
 -- name: probe_calls
 -- No row; an error where calls cannot be read.
@@ -244,9 +335,14 @@ SELECT FROM v_xml_cdr LIMIT 0;
 -- One row: every transaction below horizon has ended. durable: the WAL that says
 -- so is on disk. Else a crash may forget a rollback and give its id to another
 -- transaction, whose calls would then lie below a horizon that was passed.
-SELECT txid_snapshot_xmin(txid_current_snapshot()) AS horizon,
-       CASE WHEN pg_is_in_recovery() THEN true
-            ELSE pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn() END AS durable;
+-- position: of the WAL, behind the ends of all of them; with the timeline it is on.
+SELECT horizon, position::text, timeline,
+       pg_is_in_recovery() OR pg_current_wal_flush_lsn() >= position AS durable
+  FROM (SELECT txid_snapshot_xmin(txid_current_snapshot()) AS horizon,
+               CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
+                    ELSE pg_current_wal_insert_lsn() END AS position,
+               cdr_api.timeline() AS timeline
+        OFFSET 0) AS found;
 
 -- name: flush_wal
 -- Brings all WAL so far to disk: a record of a few bytes, committed synchronously.
@@ -266,8 +362,72 @@ SELECT horizon,
        (SELECT system_identifier FROM pg_control_system())
            || '.' || (SELECT oid FROM pg_database WHERE datname = current_database()) AS cluster,
        pg_is_in_recovery() AS in_recovery,
-       CASE WHEN pg_is_in_recovery() THEN coalesce(pg_last_xact_replay_timestamp(), 'epoch') ELSE now() END AS seen
+       clock_timestamp() AS now,
+       CASE WHEN pg_is_in_recovery() THEN coalesce(pg_last_xact_replay_timestamp(), 'epoch') ELSE now() END AS seen,
+       cdr_api.timeline() AS timeline,
+       (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
+             ELSE pg_current_wal_insert_lsn() END)::text AS position
   FROM txid_snapshot_xmin(txid_current_snapshot()) AS horizon;
+
+-- name: find_timeline_end
+-- One row: where in the WAL the history of the present timeline left a past one; NULL
+-- where it did not, or where that is not known.
+SELECT cdr_api.timeline_end(%(present)s, %(past)s)::text AS position;
+
+-- name: find_tables
+-- One row: root, v_xml_cdr; members, that and its partitions or other children; odd,
+-- one of them whose rows do not tell which transaction of this server wrote them; and
+-- whether there are tables of an extension that keeps the rows elsewhere (Citus).
+WITH RECURSIVE members AS (
+    SELECT to_regclass('v_xml_cdr')::oid AS oid
+     UNION
+    SELECT i.inhrelid FROM pg_inherits AS i JOIN members AS m ON i.inhparent = m.oid
+)
+SELECT to_regclass('v_xml_cdr')::oid::bigint AS root,
+       array_agg(m.oid::bigint) AS members,
+       min(CASE c.relkind WHEN 'f' THEN c.relname || ' is a foreign table'
+                          WHEN 'v' THEN c.relname || ' is a view'
+                          WHEN 'm' THEN c.relname || ' is a materialized view'
+                          WHEN 'r' THEN CASE WHEN a.amname <> 'heap'
+                                             THEN c.relname || ' is a table of access method ' || a.amname END END) AS odd,
+       to_regclass('pg_dist_partition') IS NOT NULL AS has_distributed
+  FROM members AS m
+  LEFT JOIN pg_class AS c ON c.oid = m.oid
+  LEFT JOIN pg_am AS a ON a.oid = c.relam;
+
+-- name: find_distributed
+-- One row: odd, as above. pg_dist_partition is where Citus lists the tables that it distributes.
+SELECT min(d.logicalrelid::text || ' is a distributed table') AS odd
+  FROM pg_dist_partition AS d
+ WHERE d.logicalrelid::oid = ANY(%(members)s::oid[]);
+
+-- name: find_attached
+-- One row: those of the members that were made a part of the table by transactions from low on.
+SELECT array_agg(i.inhrelid::bigint) AS attached
+  FROM pg_inherits AS i
+ WHERE i.inhrelid = ANY(%(members)s::oid[]) AND age(i.xmin) BETWEEN 0 AND age(%(low)s::text::xid);
+
+-- name: find_older_rows
+-- One row: whether some tables hold a row that transactions before low wrote.
+SELECT EXISTS (SELECT FROM v_xml_cdr AS cdr
+                WHERE cdr.tableoid = ANY(%(tables)s::oid[])
+                  AND age(cdr.xmin) NOT BETWEEN 0 AND age(%(low)s::text::xid)) AS found;
+
+-- name: find_nameless
+-- One row: whether some names stand in calls without a domain_uuid.
+SELECT EXISTS (SELECT FROM v_xml_cdr AS cdr
+                WHERE cdr.domain_uuid IS NULL AND cdr.domain_name = ANY(%(names)s::text[])) AS found;
+
+-- name: find_subscriptions
+-- One row: how many subscriptions fill the members; known, whether each of them runs and has
+-- ended its first copy; and the instant up to which the slowest has applied its publisher's
+-- changes (its last message has been applied when the next is read).
+SELECT count(DISTINCT r.srsubid) AS subscriptions,
+       bool_and(r.srsubstate IN ('r', 's') AND s.pid IS NOT NULL) AS known,
+       min(s.latest_end_time)::text AS applied
+  FROM pg_subscription_rel AS r
+  LEFT JOIN pg_stat_subscription AS s ON s.subid = r.srsubid AND s.relid IS NULL
+ WHERE r.srrelid = ANY(%(members)s::oid[]);
 
 
 -- name: find_oldest_writer
@@ -284,8 +444,8 @@ SELECT holder, seconds FROM cdr_api.oldest_writer();
 SELECT {keys}
        count(*) AS calls,
        count(*) FILTER (WHERE billsec > 0) AS answered,
-       coalesce(sum(billsec), 0)::bigint AS billsec,
-       coalesce(sum(billmsec), 0)::bigint AS billmsec,
+       coalesce(sum(billsec), 0) AS billsec,
+       coalesce(sum(billmsec), 0) AS billmsec,
        lpad(to_hex((coalesce(sum(('x' || substr(md5(xml_cdr_uuid || ' ' || coalesce(billsec, 0)), 1, 12))::bit(48)::bigint), 0)
                     %% 281474976710656)::bigint), 12, '0') AS digest
   FROM {matching_calls} AS calls
@@ -311,7 +471,7 @@ WITH spans AS (
     SELECT domain_name, last, -1 FROM spans WHERE last < %(until)s::timestamptz
      UNION ALL
     SELECT domain_name, beginning, 0
-      FROM unnest(%(domain_names)s::text[]) AS domain_name
+      FROM (SELECT unnest(%(domain_names)s::text[]) AS domain_name UNION SELECT domain_name FROM spans) AS names
      CROSS JOIN generate_series(%(from)s::timestamptz, %(until)s::timestamptz - interval '1 us',
                                 %(step)s * interval '1 s') AS beginning
 ), levels AS (
@@ -348,7 +508,7 @@ WITH spans AS (
     SELECT domain_name, greatest(first, last) + 1, direction, -1 FROM spans
      UNION ALL
     SELECT domain_name, i, NULL, 0
-      FROM unnest(%(domain_names)s::text[]) AS domain_name
+      FROM (SELECT unnest(%(domain_names)s::text[]) AS domain_name UNION SELECT domain_name FROM spans) AS names
      CROSS JOIN generate_series(0, ceil(extract(epoch FROM %(until)s::timestamptz - %(from)s::timestamptz) / %(step)s)::int - 1) AS i
 ), counts AS (
     SELECT domain_name, i,
@@ -374,16 +534,31 @@ SELECT trim('"' FROM to_json(%(from)s::timestamptz + i * %(step)s * interval '1 
 -- Domains --------------------------------------------------------------------
 
 -- name: find_domains
--- One row: the names whose domains the account may read, every one of them; the
--- uuids of these domains and all others'.
-SELECT array_agg(DISTINCT domain_name) FILTER (WHERE readable) AS domain_names,
-       array_agg(domain_uuid::text ORDER BY domain_uuid) FILTER (WHERE readable) AS domain_uuids,
-       array_agg(domain_uuid::text) FILTER (WHERE NOT readable) AS other_uuids
-  FROM (SELECT d.domain_name, d.domain_uuid,
-               bool_and(%(all_domains)s OR g.domain_uuid IS NOT NULL) OVER (PARTITION BY d.domain_name) AS readable
+-- One row: the domains that the account may read, as uuids and their names; of the
+-- names those that no other domain bears; and the newest of the account's grants.
+SELECT array_agg(domain_uuid::text ORDER BY domain_uuid) FILTER (WHERE readable) AS uuids,
+       array_agg(domain_name ORDER BY domain_uuid) FILTER (WHERE readable) AS names,
+       array_agg(domain_name ORDER BY domain_uuid) FILTER (WHERE readable AND bearers = 1) AS lone_names,
+       (SELECT max(g.grant_id) FROM cdr_api.grants AS g WHERE g.account_id = %(account_id)s) AS newest_grant
+  FROM (SELECT d.domain_name, d.domain_uuid, count(*) OVER (PARTITION BY d.domain_name) AS bearers,
+               %(all_domains)s OR g.domain_uuid IS NOT NULL AS readable
           FROM v_domains AS d
           LEFT JOIN cdr_api.grants AS g
             ON g.domain_uuid = d.domain_uuid AND g.account_id = %(account_id)s) AS domains;
+
+-- name: find_named_domains
+-- One row: the domains of a name (FusionPBX does not keep it unique), as a list of
+-- uuid, name, and whether it is granted to the account.
+SELECT coalesce(json_agg(json_build_object('uuid', d.domain_uuid, 'name', d.domain_name,
+                                           'granted', g.domain_uuid IS NOT NULL)), '[]') AS named
+  FROM v_domains AS d
+  LEFT JOIN cdr_api.grants AS g
+    ON g.domain_uuid = d.domain_uuid AND g.account_id = {account_id}
+ WHERE d.domain_name = {name}
+
+-- name: name_of_domain
+-- No statement but a value: the name of the domain that has a uuid.
+(SELECT domain_name FROM v_domains WHERE domain_uuid = %(domain_uuid)s::uuid)
 
 -- name: select_domains
 -- One row is a domain that the account may read, by name.
@@ -403,7 +578,9 @@ SELECT d.domain_uuid::text, d.domain_name
 INSERT INTO cdr_api.accounts (name, email, email_key, password_hash, all_domains)
 VALUES (%(name)s, %(email)s, %(email_key)s, %(password_hash)s, %(all_domains)s)
     ON CONFLICT (email_key) DO NOTHING
-RETURNING account_id, name, email, all_domains, created_at, updated_at;
+RETURNING account_id, name, email, all_domains,
+          to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS created_at,
+          to_char(updated_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS updated_at;
 
 -- name: upsert_grants
 -- One row is a domain that is now granted; a name that no domain bears gives none.
@@ -416,7 +593,9 @@ RETURNING domain_uuid;
 
 -- name: find_account
 -- The account of an address, or no row.
-SELECT account_id, name, email, password_hash, all_domains, disabled_at, created_at, updated_at
+SELECT account_id, name, email, password_hash, all_domains, disabled_at IS NOT NULL AS disabled,
+       to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS created_at,
+       to_char(updated_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS updated_at
   FROM cdr_api.accounts
  WHERE email_key = %(email_key)s;
 
@@ -446,19 +625,10 @@ SELECT t.token_id, t.account_id, a.all_domains,
    AND (t.expires_at IS NULL OR t.expires_at > now());
 
 -- name: authenticate_for_domain
--- The row of {authenticate}, and how many domains bear the name (FusionPBX does
--- not keep it unique), how many of them are granted to the account, their uuids
--- and all others'.
-SELECT token.*, named.domains, named.granted, named.domain_uuids, named.other_uuids
+-- The row of {authenticate}, and the domains of a name by {find_named_domains}.
+SELECT token.*, named.named
   FROM ({authenticate}) AS token
- CROSS JOIN LATERAL (
-       SELECT count(*) FILTER (WHERE d.domain_name = %(domain_name)s) AS domains,
-              count(g.domain_uuid) FILTER (WHERE d.domain_name = %(domain_name)s) AS granted,
-              array_agg(d.domain_uuid::text) FILTER (WHERE d.domain_name = %(domain_name)s) AS domain_uuids,
-              array_agg(d.domain_uuid::text) FILTER (WHERE d.domain_name IS DISTINCT FROM %(domain_name)s) AS other_uuids
-         FROM v_domains AS d
-         LEFT JOIN cdr_api.grants AS g
-           ON g.domain_uuid = d.domain_uuid AND g.account_id = token.account_id) AS named;
+ CROSS JOIN LATERAL ({find_named_domains}) AS named;
 
 -- name: touch_token
 UPDATE cdr_api.tokens SET last_used_at = now() WHERE token_id = %(token_id)s;
@@ -506,6 +676,9 @@ DELETE FROM cdr_api.attempts
 INSERT INTO cdr_api.warnings (name, text) VALUES (%(name)s, %(text)s)
     ON CONFLICT (name) DO UPDATE SET text = EXCLUDED.text, seen_at = now();
 
+-- name: delete_warning
+DELETE FROM cdr_api.warnings WHERE name = %(name)s;
+
 -- name: probe_accounts
 -- No row; an error where the side tables cannot be read.
 SELECT FROM cdr_api.tokens LIMIT 0;
@@ -523,7 +696,7 @@ SELECT value FROM cdr_api.secrets WHERE name = %(name)s;
 
 -- name: select_accounts
 -- One row is an account with the names of its domains and its live tokens.
-SELECT a.account_id, a.email, a.name, a.all_domains, a.disabled_at,
+SELECT a.account_id, a.email, a.name, a.all_domains, a.disabled_at IS NOT NULL AS disabled,
        ARRAY(SELECT coalesce(d.domain_name, g.domain_uuid::text)
                FROM cdr_api.grants AS g
                LEFT JOIN v_domains AS d USING (domain_uuid)
@@ -563,7 +736,10 @@ DELETE FROM cdr_api.accounts WHERE account_id = %(account_id)s;
 
 -- name: select_tokens
 -- One row is a token of an account, or of any account (NULL).
-SELECT t.token_id, a.email, t.created_at, t.last_used_at, t.expires_at
+SELECT t.token_id, a.email,
+       to_char(t.created_at, 'YYYY-MM-DD HH24:MI:SSTZH:TZM') AS created_at,
+       to_char(t.last_used_at, 'YYYY-MM-DD HH24:MI:SSTZH:TZM') AS last_used_at,
+       to_char(t.expires_at, 'YYYY-MM-DD HH24:MI:SSTZH:TZM') AS expires_at
   FROM cdr_api.tokens AS t
   JOIN cdr_api.accounts AS a USING (account_id)
  WHERE %(account_id)s::integer IS NULL OR t.account_id = %(account_id)s::integer
@@ -582,26 +758,84 @@ SELECT current_user AS role,
        bool_and(has_table_privilege(name, 'SELECT')) AS may_read
   FROM unnest(ARRAY[to_regclass('v_xml_cdr'), to_regclass('v_domains')]::oid[]) AS name;
 
--- name: find_table
-SELECT to_regclass(%(name)s) IS NOT NULL AS found;
+-- name: find_row_security
+-- One row is a table of which policies may hide rows from us.
+SELECT name
+  FROM unnest(ARRAY['v_xml_cdr', 'v_domains']) AS name
+ WHERE to_regclass(name) IS NOT NULL AND row_security_active(to_regclass(name)::oid);
 
--- name: count_stray_calls
--- One row: the calls that bear another name than their domain has.
+-- name: count_doubles
+-- One row: the keys that are stored more than once.
 SELECT count(*) AS calls
-  FROM v_xml_cdr AS cdr
-  JOIN v_domains AS d USING (domain_uuid)
- WHERE cdr.domain_name IS DISTINCT FROM d.domain_name;
+  FROM (SELECT FROM (SELECT NULL::uuid AS uuid, NULL::uuid AS xml_cdr_uuid) AS absent
+         CROSS JOIN LATERAL (SELECT CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END AS key FROM v_xml_cdr AS cdr) AS calls
+         GROUP BY key HAVING count(*) > 1) AS doubles;
 
--- name: count_lost_calls
--- One row: the calls whose domain is no more, by its name and by its uuid.
-SELECT count(*) AS calls
-  FROM v_xml_cdr AS cdr
- WHERE (cdr.domain_name IN (SELECT d.domain_name FROM v_domains AS d)) IS NOT TRUE
-   AND (cdr.domain_uuid IN (SELECT d.domain_uuid FROM v_domains AS d)) IS NOT TRUE;
+-- name: examine_calls
+-- One row, of one pass over every call: those that belong to no domain (of domain_uuids,
+-- or without a uuid by a name of lone_names); those that were stored so many days after
+-- they ended that the feed did not find them (releases before 5.1 do not say when that was);
+-- those with a billsec that cannot be; and the seconds since the newest call, now and at
+-- this hour of the last eight weeks.
+SELECT count(*) FILTER (WHERE CASE WHEN domain_uuid IS NULL THEN domain_name = ANY(%(lone_names)s::text[])
+                                   ELSE domain_uuid = ANY(%(domain_uuids)s::uuid[]) END IS NOT TRUE) AS of_no_domain,
+       count(*) FILTER (WHERE calls.stored > ended + %(days)s * interval '1 day') AS late,
+       count(*) FILTER (WHERE billsec < 0 OR billsec > 31 * 86400) AS odd,
+       ARRAY[extract(epoch FROM now() - max(ended) FILTER (WHERE ended <= now())),
+             extract(epoch FROM now() - interval '1 week' - max(ended) FILTER (WHERE ended <= now() - interval '1 week')),
+             extract(epoch FROM now() - interval '2 weeks' - max(ended) FILTER (WHERE ended <= now() - interval '2 weeks')),
+             extract(epoch FROM now() - interval '3 weeks' - max(ended) FILTER (WHERE ended <= now() - interval '3 weeks')),
+             extract(epoch FROM now() - interval '4 weeks' - max(ended) FILTER (WHERE ended <= now() - interval '4 weeks')),
+             extract(epoch FROM now() - interval '5 weeks' - max(ended) FILTER (WHERE ended <= now() - interval '5 weeks')),
+             extract(epoch FROM now() - interval '6 weeks' - max(ended) FILTER (WHERE ended <= now() - interval '6 weeks')),
+             extract(epoch FROM now() - interval '7 weeks' - max(ended) FILTER (WHERE ended <= now() - interval '7 weeks')),
+             extract(epoch FROM now() - interval '8 weeks' - max(ended) FILTER (WHERE ended <= now() - interval '8 weeks'))
+            ]::double precision[] AS gaps
+  FROM (SELECT NULL::timestamptz AS insert_date) AS absent
+ CROSS JOIN LATERAL (
+       SELECT cdr.domain_uuid, cdr.domain_name, insert_date::timestamptz AS stored, cdr.billsec,
+              CASE WHEN kind.old AND cdr.end_epoch BETWEEN 1 AND 253402300799
+                   THEN to_timestamp(cdr.end_epoch::float8)
+                   WHEN NOT kind.old OR {is_time} THEN cdr.end_stamp::timestamptz END AS ended
+         FROM v_xml_cdr AS cdr
+        CROSS JOIN LATERAL (
+              SELECT NOT CASE WHEN false THEN cdr.end_stamp ELSE '04713-01-01 BC' END
+                         < CASE WHEN false THEN cdr.end_stamp ELSE '0001-01-01' END AS old) AS kind) AS calls;
+
+-- name: compare_stamps
+-- One row, of a sample of some rows: how many calls have an end_epoch, of how many the
+-- end_stamp is another instant (by more than a second), by how many seconds most of
+-- these, and whether end_stamp is text (then in the zone of the transaction).
+SELECT count(*) AS looked_at,
+       count(*) FILTER (WHERE abs(difference) > 1) AS differ,
+       mode() WITHIN GROUP (ORDER BY difference) FILTER (WHERE abs(difference) > 1) AS seconds,
+       bool_or(old) AS is_text
+  FROM (SELECT kind.old,
+               round(extract(epoch FROM CASE WHEN NOT kind.old OR {is_time} THEN cdr.end_stamp::timestamptz END)::numeric
+                     - cdr.end_epoch) AS difference
+          FROM (SELECT least(100, 100 * %(rows)s / greatest(sum(c.reltuples), 1))::real AS share
+                  FROM pg_class AS c
+                 WHERE c.oid = to_regclass('v_xml_cdr')
+                    OR c.oid IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = to_regclass('v_xml_cdr'))) AS sample
+         CROSS JOIN LATERAL (SELECT * FROM v_xml_cdr TABLESAMPLE SYSTEM (share)) AS cdr
+         CROSS JOIN LATERAL (
+               SELECT NOT CASE WHEN false THEN cdr.end_stamp ELSE '04713-01-01 BC' END
+                          < CASE WHEN false THEN cdr.end_stamp ELSE '0001-01-01' END AS old) AS kind
+         WHERE cdr.end_epoch BETWEEN 1 AND 253402300799) AS compared;
+
+-- name: select_foreign_text
+-- One row is a call with a character beyond ASCII, as text; a hundred thousand at most.
+SELECT cdr::text AS call FROM v_xml_cdr AS cdr WHERE cdr::text ~ '[^\x01-\x7f]' LIMIT 100000;
+
+-- name: find_timeline
+SELECT cdr_api.timeline() AS timeline;
 
 -- name: select_warnings
 -- One row is something that the service saw in the last day.
-SELECT name, text, seen_at FROM cdr_api.warnings WHERE seen_at > now() - interval '1 day' ORDER BY name;
+SELECT name, text, to_char(seen_at, 'YYYY-MM-DD HH24:MI:SSTZH:TZM') AS seen_at
+  FROM cdr_api.warnings
+ WHERE seen_at > now() - interval '1 day'
+ ORDER BY name;
 
 -- name: find_standby_lag
 -- One row: seconds since the last transaction that arrived, if there is more to
@@ -610,17 +844,6 @@ SELECT pg_is_in_recovery() AS in_recovery,
        CASE WHEN NOT pg_is_in_recovery() THEN 0
             WHEN pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn() THEN 0
             ELSE extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp()) END::double precision AS seconds;
-
--- name: count_late_calls
--- One row: the calls that were stored so many days after they ended that the feed
--- did not find them. Releases before 5.1 do not say when a call was stored.
-SELECT count(*) AS calls
-  FROM (SELECT NULL::timestamptz AS insert_date) AS absent
- CROSS JOIN LATERAL (
-       SELECT FROM v_xml_cdr AS cdr
-        WHERE insert_date IS NOT NULL
-          AND (cdr.end_stamp > '04713-01-01 BC') IS TRUE
-          AND insert_date > cdr.end_stamp::timestamptz + %(days)s * interval '1 day') AS late;
 
 -- name: try_time_zone
 SELECT set_config('TimeZone', %(time_zone)s, true);

@@ -20,6 +20,8 @@ END $$;
 ALTER ROLE cdr_api SET jit = off;
 -- While FusionPBX's upgrade locks a table, requests are answered 503, not kept.
 ALTER ROLE cdr_api SET lock_timeout = '3s';
+-- A policy that hides rows from us is an error, not a shorter answer.
+ALTER ROLE cdr_api SET row_security = off;
 
 -- When a worker is killed, the statement that it had asked for ends within seconds.
 DO $$
@@ -50,6 +52,8 @@ CREATE TABLE IF NOT EXISTS cdr_api.grants (
     domain_uuid uuid NOT NULL,
     PRIMARY KEY (account_id, domain_uuid)
 );
+-- Grows with each grant: a cursor of the feed that knows the newest sees that one was added.
+ALTER TABLE cdr_api.grants ADD COLUMN IF NOT EXISTS grant_id bigint GENERATED ALWAYS AS IDENTITY;
 
 -- Only the SHA-256 digest of a token is kept.
 CREATE TABLE IF NOT EXISTS cdr_api.tokens (
@@ -102,6 +106,32 @@ SELECT holder, extract(epoch FROM clock_timestamp() - begun)::double precision
 $$;
 REVOKE ALL ON FUNCTION cdr_api.oldest_writer() FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION cdr_api.oldest_writer() TO cdr_api;
+
+-- On which timeline the server is: the number grows with each promotion and each restore to
+-- a point in time, after which transaction ids are given out again. As its owner, since others
+-- may not look at files and receivers. A standby is on the newest of which it knows.
+CREATE OR REPLACE FUNCTION cdr_api.timeline() RETURNS integer
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+SELECT CASE WHEN NOT pg_is_in_recovery()
+            THEN ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::integer
+            ELSE greatest((SELECT timeline_id FROM pg_control_checkpoint()),
+                          (SELECT min_recovery_end_timeline FROM pg_control_recovery()),
+                          (SELECT max(received_tli) FROM pg_stat_wal_receiver),
+                          (SELECT max(('x' || left(name, 8))::bit(32)::integer)
+                             FROM pg_ls_waldir() WHERE name ~ '^[0-9A-F]{8}\.history$')) END
+$$;
+
+-- Where the history of a timeline left an older one, of its history file that one number;
+-- NULL: nowhere, or the file is not there.
+CREATE OR REPLACE FUNCTION cdr_api.timeline_end(present integer, past integer) RETURNS pg_lsn
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+SELECT split_part(line, E'\t', 2)::pg_lsn
+  FROM regexp_split_to_table(
+           pg_read_file('pg_wal/' || lpad(upper(to_hex(present)), 8, '0') || '.history', 0, 1048576, true), '\n') AS line
+ WHERE split_part(line, E'\t', 1) = past::text
+$$;
+REVOKE ALL ON FUNCTION cdr_api.timeline(), cdr_api.timeline_end(integer, integer) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION cdr_api.timeline(), cdr_api.timeline_end(integer, integer) TO cdr_api;
 
 CREATE TABLE IF NOT EXISTS cdr_api.version (version integer NOT NULL);
 DELETE FROM cdr_api.version;

@@ -12,11 +12,12 @@ it on. Each file is one subject, and imports only those before it in this list:
     cursors      signed texts that a client hands back
     requestlog   the log entry of each request; failed logins in syslog
     service      what a worker holds, and the transaction of an answer
-    accounts     passwords, tokens, login attempts
     selection    which calls are asked for, and their statement
+    accounts     passwords, tokens and the domains they open, login attempts
     stream       rows of COPY as a format, batch by batch
     short        few calls by a prepared statement, in one round trip
     feed         what a cursor of the feed holds
+    check_calls  what flask check looks at where the calls are
     check        flask check: what an operator should know
 
 "FACTS" in a comment stands for what FusionPBX is known to store, collected in

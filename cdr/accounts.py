@@ -9,9 +9,8 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psycopg
@@ -20,8 +19,9 @@ from werkzeug.security import check_password_hash, generate_password_hash
 
 from cdr.database import Connection, prepare, run, select_prepared
 from cdr.errors import ApiError, ValidationErrors, refuse
+from cdr.selection import Domains
 from cdr.service import Service
-from cdr.statements import STATEMENTS, number_placeholders
+from cdr.statements import STATEMENTS, can_hold, number_placeholders
 
 log = logging.getLogger("cdr_api")
 
@@ -35,52 +35,85 @@ UNAUTHENTICATED = {"WWW-Authenticate": "Bearer"}
 class Account:
     """Who asks: the account of the presented token.
 
-    With it, in one round trip, what decides whether it may read the domain that
-    the request names.
+    With it, in one round trip, the domains that bear the name that the request
+    names, or that the domain of the uuid has: each with uuid, name and granted.
     """
 
     account_id: int
     token_id: int
     all_domains: bool
-    domains: int = 0
-    granted: int = 0
-    domain_uuids: list[str] | None = None
-    other_uuids: list[str] | None = None
+    named: Sequence[Mapping[str, Any]] = ()
 
 
 def digest_token(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
-def authenticate(service: Service, token: str, domain_name: str) -> Account | None:
-    """The account of a live token, or None; with it what is known of a domain, unless the name is empty."""
-    found = find_token(service, digest_token(token), domain_name)
+def authenticate(service: Service, token: str, naming: Mapping[str, str]) -> Account | None:
+    """The account of a live token, or None. naming is the domain_name or domain_uuid of the request, or empty."""
+    found = find_token(service, digest_token(token), naming)
     if found and found.pop("stale"):
         touch_token(service, found["token_id"])
     return Account(**found) if found else None
 
 
-def find_token(service: Service, digest: bytes, domain_name: str) -> dict[str, Any] | None:
-    parameters = {"digest": b"\\x" + digest.hex().encode()}
-    if domain_name and "\0" not in domain_name:  # else it will be refused
-        parameters["domain_name"] = domain_name.encode()
-    query = compose_authenticate(for_domain="domain_name" in parameters)
+def find_token(service: Service, digest: bytes, naming: Mapping[str, str]) -> dict[str, Any] | None:
+    parameters: dict[str, Any] = {"digest": digest, **naming}
+    query = compose_authenticate(next(iter(naming), None))
     with service.accounts.connection() as connection:
         if connection.prepared is None:
-            row = connection.execute(query, {"digest": digest, "domain_name": domain_name}).fetchone()
+            row = connection.execute(query, parameters).fetchone()
             return json.loads(row["found"]) if row else None
-        name = prepare(connection, connection.prepared, number_placeholders(query, parameters))
-        rows = select_prepared(connection, name, list(parameters.values()))
+        name = prepare(connection, number_placeholders(query, parameters))
+        rows = select_prepared(
+            connection, name, [b"\\x" + digest.hex().encode(), *(value.encode() for value in naming.values())]
+        )
         return json.loads(rows[0]) if rows else None
 
 
 @functools.cache
-def compose_authenticate(*, for_domain: bool) -> str:
-    """The statement that find_token runs."""
+def compose_authenticate(naming: str | None) -> str:
+    """The statement that find_token runs, for a domain by its domain_name or domain_uuid, or for none."""
     query: sql.Composable = STATEMENTS["authenticate"]
-    if for_domain:
-        query = STATEMENTS["authenticate_for_domain"].format(authenticate=query)
+    if naming:
+        named = compose_named(naming, sql.SQL("token.account_id"))
+        query = STATEMENTS["authenticate_for_domain"].format(authenticate=query, find_named_domains=named)
     return STATEMENTS["as_json"].format(query=query).as_string()
+
+
+def compose_named(naming: str, account_id: sql.Composable) -> sql.Composed:
+    name = STATEMENTS["name_of_domain"] if naming == "domain_uuid" else sql.Placeholder("domain_name")
+    return STATEMENTS["find_named_domains"].format(account_id=account_id, name=name)
+
+
+def find_named(service: Service, account: Account, naming: Mapping[str, str]) -> Account:
+    """The account with the domains of the request as they are now."""
+    query = compose_named(next(iter(naming)), sql.Placeholder("account_id"))
+    with service.accounts.connection() as connection:
+        row = connection.execute(query, {"account_id": account.account_id, **naming}).fetchone()
+    return replace(account, named=row["named"] if row else ())
+
+
+def find_domains(service: Service, account: Account) -> Domains:
+    """Every domain that the account may read."""
+    parameters = {"account_id": account.account_id, "all_domains": account.all_domains}
+    (row,) = service.accounts.rows("find_domains", **parameters)
+    uuids, names, lone_names = (row[name] or [] for name in ("uuids", "names", "lone_names"))
+    return Domains(uuids, names, lone_names, everything=account.all_domains, newest_grant=row["newest_grant"])
+
+
+def select_domains(account: Account, domain_uuid: str | None) -> Domains:
+    """The domains that the request names; ApiError 403, or 404 for accounts that may read all.
+
+    A name is readable when every domain that bears it is.
+    """
+    asked = [found for found in account.named if domain_uuid in (None, found["uuid"])]
+    if account.all_domains and not asked:
+        raise ApiError(404, "There is no such domain.")
+    if not account.all_domains and not (asked and all(found["granted"] for found in asked)):
+        raise ApiError(403, "This account may not read this domain.")
+    names = [found["name"] for found in asked]
+    return Domains([found["uuid"] for found in asked], names, names if len(account.named) == 1 else [], named=True)
 
 
 def touch_token(service: Service, token_id: int) -> None:
@@ -192,9 +225,12 @@ def check_password(password: str, email: str) -> None:
         raise ValueError("must not contain the name part of the e-mail address")
 
 
-def check_new_password(values: Mapping[str, str]) -> None:
-    """ApiError 422 unless the password of a registration keeps the rule and was typed twice."""
+def check_new_account(service: Service, values: Mapping[str, str]) -> None:
+    """ApiError 422 unless the values of a registration can be stored and its password keeps the rule, typed twice."""
     errors = ValidationErrors()
+    for name in ("name", "email"):
+        if not can_hold(service.accounts.codec, values[name]):
+            errors.add(name, "holds characters that the database cannot store")
     try:
         check_password(values["password"], values["email"])
     except ValueError as error:
@@ -238,11 +274,11 @@ def log_in(service: Service, email: str, password: str, address: str | None) -> 
     """The account of a right login with a new token; ApiError 401 for a wrong one, 429 after too many."""
     key = email_key(email)
     attempt = Attempt.count(service, key, address)
-    found = service.accounts.rows("find_account", email_key=key)
-    account: dict[str, Any] = found[0] if found else {"password_hash": ABSENT_HASH, "disabled_at": None}
+    found = service.accounts.rows("find_account", email_key=key) if can_hold(service.accounts.codec, key) else []
+    account: dict[str, Any] = found[0] if found else {"password_hash": ABSENT_HASH, "disabled": False}
     right = check_password_hash(account["password_hash"], password)
     token = None
-    if found and right and not account["disabled_at"]:
+    if found and right and not account["disabled"]:
         with service.accounts.connection() as connection, connection.transaction():
             attempt.forgive(connection)
             token = new_token(connection, account["account_id"], service.settings.token_days)
@@ -259,11 +295,7 @@ def show_login(account: Mapping[str, Any], token: str) -> dict[str, Any]:
         "name": account["name"],
         "email": account["email"],
         "email_verified_at": None,
-        "created_at": show_stamp(account["created_at"]),
-        "updated_at": show_stamp(account["updated_at"]),
+        "created_at": account["created_at"],
+        "updated_at": account["updated_at"],
     }
     return {"user": user, "token": token, "success": True}
-
-
-def show_stamp(stamp: datetime) -> str:
-    return stamp.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -6,6 +6,7 @@ itself stands in this file, so that a new psycopg is looked at in one place.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import select
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 import psycopg
 from psycopg import conninfo, generators, pq, sql
+from psycopg._encodings import pg2pyenc
 from psycopg.abc import RV, PQGen
 from psycopg.rows import dict_row
 from psycopg_pool import ConnectionPool, PoolTimeout
@@ -49,6 +51,8 @@ class PooledConnection(Connection):
     silence_seconds = LOOKUP_SECONDS
     has_stream_slot = True  # whether its transaction holds one of the account's
     indexed = False  # whether an index brings a domain's calls in their order
+    lockable = True  # whether LOCK TABLE takes v_xml_cdr, which may be a foreign table
+    doubled = False  # whether nothing keeps v_xml_cdr from holding a call twice
     # The name of each statement that is prepared on it, by its text; None: there must be none.
     prepared: dict[str, str] | None = None
 
@@ -116,7 +120,9 @@ class Database:
         """
         self.note(reachable=True)
         found = run(connection, "examine_session")[0]
-        connection.indexed = found["indexed"]
+        connection.indexed, connection.lockable, connection.doubled = (
+            found[name] for name in ("indexed", "lockable", "doubled")
+        )
         connection.prepared = {} if found["pid"] == connection.info.backend_pid else None
 
     @contextmanager
@@ -163,6 +169,28 @@ class Database:
         with self.connection() as connection:
             return run(connection, statement, **parameters)
 
+    @functools.cached_property
+    def encoding(self) -> str:
+        """PostgreSQL's name of what the database's text is encoded in."""
+        with self.connection() as connection:
+            return connection.info.parameter_status("server_encoding") or "UTF8"
+
+    @functools.cached_property
+    def codec(self) -> str | None:
+        """Python's name of it, where text has to be decoded by us; None where PostgreSQL gives UTF-8.
+
+        PostgreSQL gives up an answer at the first byte that cannot be converted. In
+        SQL_ASCII it knows of no encoding: what is there is UTF-8 for the most part.
+        """
+        if self.encoding == "UTF8":
+            return None
+        if self.encoding == "SQL_ASCII":
+            return "utf-8"
+        try:
+            return pg2pyenc(self.encoding.encode())
+        except psycopg.NotSupportedError:
+            return None
+
     def close(self) -> None:
         self.pool.close()
 
@@ -196,11 +224,14 @@ def end_transaction(connection: Connection) -> None:
         connection.close()
 
 
-def prepare(connection: PooledConnection, prepared: dict[str, str], query: str) -> str:
+def prepare(connection: PooledConnection, query: str) -> str:
     """The name under which a query with $1, $2, … is prepared on the connection, now at the latest.
 
     psycopg is not told: of its own prepared statements it leaves behind those that fail.
     """
+    prepared = connection.prepared
+    if prepared is None:
+        raise psycopg.NotSupportedError("this connection may get another server process")
     if query not in prepared:
         if len(prepared) >= MOST_PREPARED:
             oldest = next(iter(prepared))

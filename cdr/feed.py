@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, NoReturn
 
 from cdr.accounts import Account
@@ -14,12 +14,14 @@ from cdr.cursors import read_cursor
 from cdr.database import Connection, run
 from cdr.errors import ApiError, unavailable
 from cdr.ranges import find_edge, find_zone
-from cdr.selection import Key, Selection
+from cdr.selection import Domains, Key, Selection
 from cdr.service import Service
 
-FEED_VERSION = 1
+FEED_VERSION = 2
 # Transaction ids are compared by 32 bits: a cursor may be almost half of them old.
 OLDEST_CURSOR = 2**31 - 10_000_000
+# So many names a cursor tells apart; of more it knows only whether they are others now.
+MOST_NAMES = 200
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,10 @@ class FeedCursor:
     """Where a poller stands: it has what transactions below low wrote.
 
     While it pages through [low, high), key is the last call that it has. taken
-    is when high, before that low, was read; since bounds the end stamps that are
-    looked at. All instants are in ISO 8601.
+    is when high, before that low, was read; since bounds the ends that are looked
+    at. All instants are in ISO 8601. timeline and position (of the WAL) are those
+    of high, before that low: where the server's history does not contain them,
+    transaction ids have been given out again.
 
     Between two pages of a window a call may be changed, and so fall into a later
     window; that has to look as far back. So may every call during the first poll,
@@ -40,7 +44,12 @@ class FeedCursor:
     version: int
     cluster: str  # PostgreSQL's system identifier and the database's oid
     account_id: int
-    purpose: str  # a digest of the filters and of the domains
+    purpose: str  # a digest of the filters and of the domains that were named
+    grants: int | str | None  # the newest of the account's grants; "*": it read everything; None: domains were named
+    names: Sequence[str]  # of the domains, as find_marks shows them
+    table: int  # the oid of v_xml_cdr
+    timeline: int
+    position: str
     low: int | None  # None: everything below high
     since: str
     taken: str
@@ -51,16 +60,50 @@ class FeedCursor:
     key: Key | None = None
 
 
-def digest_purpose(selection: Selection, *, all_domains: bool) -> str:
-    """What a cursor of the feed is bound to beside account and cluster.
+@dataclass(frozen=True)
+class Horizon:
+    """A transaction id: all below it have ended, and no crash undoes that; and where in the WAL that is told."""
 
-    The granted domains are part of it, by uuid: a grant that comes or goes must
-    not let old calls slip in or out in silence. Who may read all is not bound
-    to the domains of the day.
-    """
-    bound = "*" if all_domains else sorted(selection.domains.uuids)
-    purpose = [selection.domains.name, bound, selection.identity()]
-    return hashlib.sha256(json.dumps(purpose).encode()).hexdigest()[:32]
+    xid: int
+    timeline: int
+    position: str
+
+
+def find_horizon(service: Service) -> Horizon:
+    with service.calls.connection() as connection:
+        found = run(connection, "find_horizon")[0]
+        if not found["durable"]:
+            run(connection, "flush_wal")
+    return Horizon(int(found["horizon"]), found["timeline"], found["position"])
+
+
+def parse_position(text: str) -> int:
+    """A position in the WAL, such as 0/16B3748, in bytes."""
+    high, low = text.split("/")
+    return (int(high, 16) << 32) + int(low, 16)
+
+
+# What a cursor is bound to ----------------------------------------------------
+
+
+def digest_purpose(selection: Selection) -> str:
+    """The filters, and the domains if the request names them, by uuid: a rename changes nothing."""
+    named = sorted(selection.domains.uuids) if selection.domains.named else None
+    return hashlib.sha256(json.dumps([named, selection.identity()]).encode()).hexdigest()[:32]
+
+
+def show_grants(domains: Domains) -> int | str | None:
+    if domains.named:
+        return None
+    return "*" if domains.everything else domains.newest_grant or 0
+
+
+def find_marks(domains: Domains) -> list[str]:
+    """What tells the names of domains apart: calls without a uuid belong to them by name."""
+    if domains.everything:
+        return []
+    marks = sorted(hashlib.sha256(str(name).encode()).hexdigest()[:6] for name in domains.lone_names)
+    return marks if len(marks) <= MOST_NAMES else [hashlib.sha256("".join(marks).encode()).hexdigest()[:16]]
 
 
 def read_feed_cursor(secret: bytes, text: str) -> FeedCursor:
@@ -69,24 +112,6 @@ def read_feed_cursor(secret: bytes, text: str) -> FeedCursor:
     if found["version"] != FEED_VERSION:
         gone(found["since"], "This cursor is of another version of the service")
     return FeedCursor(**found)
-
-
-def check_feed_cursor(cursor: FeedCursor, account_id: int, purpose: str, snapshot: Mapping[str, Any]) -> None:
-    """Raises ApiError 410, with where to begin anew, for a cursor that cannot be continued."""
-    ahead = (cursor.high or cursor.low or 0) > snapshot["horizon"]
-    age = snapshot["horizon"] - (cursor.low or cursor.high or 0)
-    if cursor.account_id != account_id:
-        gone(cursor.since, "This cursor was given to another account")
-    if cursor.cluster != snapshot["cluster"]:
-        gone(cursor.since, "This cursor is of another database or cluster")
-    if cursor.purpose != purpose:
-        gone(cursor.since, "This cursor was made with other filters, or the account's domains have changed since")
-    if ahead and snapshot["in_recovery"]:
-        raise unavailable("This standby is behind the cursor: try again soon.")
-    if ahead:
-        gone(cursor.since, "This cursor is ahead of the database, as after the restore of a backup")
-    if age > OLDEST_CURSOR:
-        gone(cursor.since, "This cursor is too old")
 
 
 def gone(since: str, reason: str) -> NoReturn:
@@ -99,13 +124,67 @@ def gone(since: str, reason: str) -> NoReturn:
     raise ApiError(410, f"{reason}: begin anew with from=, calls that you have come again.", resync)
 
 
-def find_horizon(service: Service) -> int:
-    """A transaction id: all below it have ended, and no crash undoes that."""
-    with service.calls.connection() as connection:
-        found = run(connection, "find_horizon")[0]
-        if not found["durable"]:
-            run(connection, "flush_wal")
-    return int(found["horizon"])
+def check_purpose(cursor: FeedCursor, account: Account, selection: Selection, snapshot: Mapping[str, Any]) -> None:
+    """Raises ApiError 410 for a cursor of another question. What can hide no call is not another question."""
+    present = show_grants(selection.domains)
+    if cursor.account_id != account.account_id:
+        gone(cursor.since, "This cursor was given to another account")
+    if cursor.cluster != snapshot["cluster"]:
+        gone(cursor.since, "This cursor is of another database or cluster")
+    if cursor.purpose != digest_purpose(selection) or (cursor.grants is None) != (present is None):
+        gone(cursor.since, "This cursor was made with other filters or for other domains")
+    if isinstance(cursor.grants, int) and (present == "*" or cursor.grants < int(present or 0)):
+        gone(cursor.since, "This account has been granted a domain since this cursor was made")
+
+
+def check_history(connection: Connection, cursor: FeedCursor, snapshot: Mapping[str, Any]) -> None:
+    """Raises ApiError 410 where the server's history does not contain the cursor's position; 503 where not yet."""
+    present, position = snapshot["timeline"], parse_position(cursor.position)
+    if present != cursor.timeline:
+        found = run(connection, "find_timeline_end", present=present, past=cursor.timeline)[0]["position"]
+        if present < cursor.timeline and snapshot["in_recovery"]:
+            raise unavailable("This standby is behind the cursor: try again soon.")
+        if found is None or parse_position(found) < position:
+            gone(
+                cursor.since, "Since this cursor the database has failed over to a server that lacked, or was restored"
+            )
+    if position > parse_position(snapshot["position"]) or (cursor.high or cursor.low or 0) > snapshot["horizon"]:
+        if snapshot["in_recovery"]:
+            raise unavailable("This standby is behind the cursor: try again soon.")
+        gone(cursor.since, "This cursor is ahead of the database, as after the restore of a backup")
+    if snapshot["horizon"] - (cursor.low or cursor.high or 0) > OLDEST_CURSOR:
+        gone(cursor.since, "This cursor is too old")
+
+
+def check_rows(connection: Connection, cursor: FeedCursor, selection: Selection, tables: Mapping[str, Any]) -> None:
+    """Raises ApiError 410 where rows that are older than the cursor have come to be among the calls asked for."""
+    if cursor.low is None:
+        return
+    low = str(cursor.low % 2**32)
+    attached = run(connection, "find_attached", members=tables["members"], low=low)[0]["attached"] or []
+    joined = [tables["root"]] if cursor.table != tables["root"] else attached
+    if joined and run(connection, "find_older_rows", tables=joined, low=low)[0]["found"]:
+        gone(cursor.since, "A table with older calls has become a part of v_xml_cdr since this cursor was made")
+    names = [] if selection.domains.everything else selection.domains.lone_names
+    new = [name for name in names if not set(find_marks(Domains(lone_names=[name]))) <= set(cursor.names)]
+    changed = find_marks(selection.domains) != list(cursor.names)
+    if changed and new and run(connection, "find_nameless", names=new)[0]["found"]:
+        gone(cursor.since, "A domain has been given the name of older calls that have no domain_uuid")
+
+
+# Windows ----------------------------------------------------------------------
+
+
+def check_tables(connection: Connection) -> dict[str, Any]:
+    """v_xml_cdr and its partitions; ApiError 409 where the transactions that wrote rows cannot be told."""
+    found = run(connection, "find_tables")[0]
+    odd = found["odd"]
+    if not odd and found["has_distributed"]:
+        odd = run(connection, "find_distributed", members=found["members"])[0]["odd"]
+    if odd:
+        message = f"The feed needs plain tables of this server, and {odd}: read call_range instead."
+        raise ApiError(409, message)
+    return found
 
 
 @dataclass(frozen=True)
@@ -120,9 +199,12 @@ class Window:
     def parts(self, limit: int | None) -> list[Selection]:
         """The selection of each statement that answers the poll."""
         cursor = self.cursor
-        since = self.selection.ending_since(datetime.fromisoformat(cursor.since))
-        low = None if cursor.low is None else str(cursor.low % 2**32)
-        written = replace(since, low=low, high=str((cursor.high or 0) % 2**32))
+        since, low = datetime.fromisoformat(cursor.since), None
+        if cursor.low is not None:
+            # No later than the clocks of today allow: one may have been wrong when the cursor was made.
+            since = min(since, min(self.snapshot["now"], datetime.now(UTC)) - self.lookback)
+            low = str(cursor.low % 2**32)
+        written = replace(self.selection.ending_since(since), low=low, high=str((cursor.high or 0) % 2**32))
         return written.parts(cursor.key and (cursor.key[0], cursor.key[1]), limit)
 
     def following(self, key: Key | None) -> FeedCursor:
@@ -131,6 +213,10 @@ class Window:
         Everything stored by an instant is delivered once every transaction that had
         begun to write by then lies below the horizon. So an instant is noted with
         the id of the next transaction, and waits until the horizon has reached it.
+
+        What has not been delivered was stored after through, so it may have ended
+        as long before that as the look-back is. Of two polls the earlier instant
+        counts: a clock that was wrong for one of them costs nothing.
         """
         cursor = self.cursor
         if key:
@@ -147,11 +233,32 @@ class Window:
             floor = (cursor.since, later)
         elif floor and high >= floor[1]:
             floor = None
-        look_back = datetime.fromisoformat(cursor.taken) - self.lookback
-        since = floor[0] if floor else look_back.isoformat()
+        instants = [through] if cursor.low is None else [through, cursor.through]
+        since = min(map(datetime.fromisoformat, instants)) - self.lookback
+        if floor:
+            since = min(since, datetime.fromisoformat(floor[0]))
         return replace(
-            cursor, low=high, high=None, key=None, since=since, through=through, pending=pending, floor=floor
+            cursor,
+            low=high,
+            high=None,
+            key=None,
+            since=since.isoformat(),
+            through=through,
+            pending=pending,
+            floor=floor,
         )
+
+
+def find_taken(connection: Connection, snapshot: Mapping[str, Any], tables: Mapping[str, Any]) -> datetime | None:
+    """The instant of what the snapshot sees; None where a subscription fills the table and says nothing.
+
+    By the earlier of the two clocks, so that neither can be ahead.
+    """
+    seen: datetime = min(snapshot["seen"], datetime.now(UTC))
+    found = run(connection, "find_subscriptions", members=tables["members"])[0]
+    if not found["subscriptions"]:
+        return seen
+    return min(seen, datetime.fromisoformat(found["applied"])) if found["known"] and found["applied"] else None
 
 
 def read_window(
@@ -159,26 +266,70 @@ def read_window(
     connection: Connection,
     account: Account,
     selection: Selection,
-    horizon: int,
+    horizon: Horizon,
     values: Mapping[str, Any],
-) -> Window:
-    """The window of a poll by its cursor or from, in the transaction that reads it; ApiError 410, 422 or 503."""
+) -> tuple[Window, bool]:
+    """The window of a poll by its cursor or from, in the transaction that reads it; ApiError 409, 410, 422 or 503.
+
+    And whether it is known up to which instant everything is delivered.
+    """
     snapshot = run(connection, "find_snapshot")[0]
-    # The two may come from different servers of one DSN.
-    snapshot["horizon"] = min(horizon, snapshot["horizon"])
-    purpose = digest_purpose(selection, all_domains=account.all_domains)
+    horizon = choose_horizon(horizon, snapshot)
+    snapshot["horizon"] = horizon.xid
+    tables = check_tables(connection)
+    taken = find_taken(connection, snapshot, tables)
     if values["cursor"] is not None:
         cursor = read_feed_cursor(service.secret, values["cursor"])
-        check_feed_cursor(cursor, account.account_id, purpose, snapshot)
+        check_purpose(cursor, account, selection, snapshot)
+        check_history(connection, cursor, snapshot)
+        check_rows(connection, cursor, selection, tables)
     else:
-        since = find_edge(values["from"], values["from"].first, find_zone(service.time_zone))
-        cursor = first_cursor(account.account_id, purpose, since, snapshot)
+        since = find_edge(values["from"], values["from"].first, find_zone(values["tz"] or service.time_zone))
+        cursor = first_cursor(account, selection, snapshot, since, min(since, taken or since))
     if cursor.high is None:  # else it is in the middle of a window
-        cursor = replace(cursor, high=snapshot["horizon"], taken=snapshot["seen"].isoformat())
-    return Window(cursor, selection, snapshot, timedelta(days=service.settings.lookback_days))
+        cursor = open_window(cursor, selection, horizon, tables["root"], taken.isoformat() if taken else cursor.through)
+    return Window(cursor, selection, snapshot, timedelta(days=service.settings.lookback_days)), taken is not None
 
 
-def first_cursor(account_id: int, purpose: str, since: datetime, snapshot: Mapping[str, Any]) -> FeedCursor:
+def open_window(cursor: FeedCursor, selection: Selection, horizon: Horizon, table: int, taken: str) -> FeedCursor:
+    """The cursor with its window [low, high) set, and what that was read under."""
+    return replace(
+        cursor,
+        high=horizon.xid,
+        taken=taken,
+        timeline=horizon.timeline,
+        position=horizon.position,
+        grants=show_grants(selection.domains),
+        names=find_marks(selection.domains),
+        table=table,
+    )
+
+
+def choose_horizon(horizon: Horizon, snapshot: Mapping[str, Any]) -> Horizon:
+    """The lower one of the horizon and the snapshot's: the two may come from different servers of one DSN."""
+    if snapshot["timeline"] != horizon.timeline:
+        raise unavailable("The database has just failed over: try again soon.")
+    if horizon.xid <= snapshot["horizon"]:
+        return horizon
+    return Horizon(snapshot["horizon"], snapshot["timeline"], snapshot["position"])
+
+
+def first_cursor(
+    account: Account, selection: Selection, snapshot: Mapping[str, Any], since: datetime, through: datetime
+) -> FeedCursor:
     """The cursor of a first poll, which takes whatever ended since an instant."""
-    start, seen = since.isoformat(), snapshot["seen"].isoformat()
-    return FeedCursor(FEED_VERSION, snapshot["cluster"], account_id, purpose, None, start, seen, start)
+    return FeedCursor(
+        version=FEED_VERSION,
+        cluster=snapshot["cluster"],
+        account_id=account.account_id,
+        purpose=digest_purpose(selection),
+        grants=None,
+        names=(),
+        table=0,
+        timeline=snapshot["timeline"],
+        position=snapshot["position"],
+        low=None,
+        since=since.isoformat(),
+        taken=through.isoformat(),
+        through=through.isoformat(),
+    )

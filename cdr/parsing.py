@@ -34,9 +34,14 @@ def parse_text(text: str) -> str:
     return text
 
 
-def parse_uuid(text: str) -> str:
+def is_uuid(text: str) -> bool:
     # UUID() takes more: "+", "_", "0x" and digits of other scripts, which make another UUID.
-    if not re.fullmatch(r"\{?[0-9a-f]{8}(-?[0-9a-f]{4}){3}-?[0-9a-f]{12}\}?", text, re.ASCII | re.IGNORECASE):
+    uuid = r"\{?[0-9a-f]{8}(-?[0-9a-f]{4}){3}-?[0-9a-f]{12}\}?"
+    return bool(re.fullmatch(uuid, text, re.ASCII | re.IGNORECASE))
+
+
+def parse_uuid(text: str) -> str:
+    if not is_uuid(text):
         raise ValueError("must be a UUID such as 0b9e2f6c-6a53-4c0e-9c5e-0d9c4b3f7a11")
     return str(UUID(text))
 

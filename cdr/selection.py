@@ -6,13 +6,13 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from psycopg import sql
 
-from cdr.database import Connection
+from cdr.database import PooledConnection
 from cdr.parsing import Parser, integer_between, list_of, parse_flag, parse_uuid
-from cdr.statements import STATEMENTS, mogrify
+from cdr.statements import STATEMENTS, can_hold, mogrify
 
 # Fields -----------------------------------------------------------------------
 
@@ -31,12 +31,24 @@ FIELDS = tuple(
     hangup_cause_q850 sip_hangup_disposition xml
     """.split()  # noqa: SIM905 (a list would take 66 lines)
 )
-INTEGERS = {"duration", "billsec", "waitsec", "mduration", "billmsec", "pdd_ms"}
+# What fields= takes besides; null in releases that lack them.
+MORE_FIELDS = (
+    "status",
+    "insert_date",
+    "update_date",
+    "record_length",
+    "hold_accum_seconds",
+    "provider_uuid",
+    "ring_group_uuid",
+    "ivr_menu_uuid",
+    "call_disposition",
+)
+INTEGERS = {"duration", "billsec", "waitsec", "mduration", "billmsec", "pdd_ms", "record_length", "hold_accum_seconds"}
 NUMBERS = {"rtp_audio_in_mos"}
 BOOLEANS = {"voicemail_message", "missed_call"}
-STRINGS = set(FIELDS) - INTEGERS - NUMBERS - BOOLEANS
+STRINGS = {*FIELDS, *MORE_FIELDS} - INTEGERS - NUMBERS - BOOLEANS
 
-parse_fields = list_of(FIELDS, "field")
+parse_fields = list_of((*FIELDS, *MORE_FIELDS), "field")
 
 # Each is a placeholder of matching_calls (queries.sql).
 FILTERS: dict[str, Parser] = {
@@ -49,6 +61,7 @@ FILTERS: dict[str, Parser] = {
     "source_number": str,
     "destination_number": str,
     "hangup_cause": str,
+    "status": str,
     "answered": parse_flag,
     "min_billsec": integer_between(0, 10**12),
     "billable_only": parse_flag,
@@ -68,21 +81,44 @@ FIRST_KEY: Key = ("-infinity", FIRST_UUID)
 
 @dataclass(frozen=True)
 class Domains:
-    """The domains whose calls a request may read: one that it names, or all of the account (name None)."""
+    """Whose calls a request may read: those of some domains, or every call, those of no domain too.
 
-    name: str | None
-    names: Sequence[str] = ()
+    A call belongs to the domain of its domain_uuid; one without a uuid to the
+    domain that bears its domain_name, if no other domain bears it (FACTS).
+    """
+
     uuids: Sequence[str] = ()
-    other_uuids: Sequence[str] = ()
+    names: Sequence[str | None] = ()  # of the uuids
+    lone_names: Sequence[str | None] = ()  # those that no other domain bears
+    everything: bool = False
+    named: bool = False  # whether the request names them
+    newest_grant: int | None = None  # of the account's grants, when all of them count
+
+    @property
+    def statement(self) -> str:
+        """Of queries.sql: what selects their calls."""
+        if self.everything:
+            return "calls_of_all"
+        return "calls_of_domain" if len(self.uuids) == 1 else "calls_of_domains"
 
     def parameters(self) -> dict[str, Any]:
         return {
-            "one_domain": self.name is not None,
-            "domain_name": self.name,
-            "domain_names": list(self.names),
+            "domain_uuid": self.uuids[0] if len(self.uuids) == 1 else None,
             "domain_uuids": list(self.uuids),
-            "other_uuids": list(self.other_uuids),
+            "domain_names": list(self.names),
+            "lone_names": list(self.lone_names),
         }
+
+
+LATEST_EPOCH = 253_402_300_799  # the end of the year 9999
+
+
+def find_epoch(stamp: str | None, otherwise: int) -> int:
+    """The whole epoch second in which an instant in ISO 8601 lies."""
+    try:
+        return int(datetime.fromisoformat(stamp or "").timestamp() // 1)
+    except ValueError:  # infinity, or a year that Python does not know
+        return otherwise
 
 
 @dataclass(frozen=True)
@@ -100,15 +136,22 @@ class Selection:
     part: str = "both"
     after: Key = FIRST_KEY
     uuids: Sequence[str] | None = None
-    low: str | None = None  # of the transactions that wrote the calls, see matching_calls
+    low: str | None = None  # of the transactions that wrote the calls, see written
     high: str | None = None
+    possible: bool = True
     limit: int | None = None
     offset: int = 0
 
     @classmethod
-    def of(cls, domains: Domains, values: Mapping[str, Any]) -> Selection:
-        """The calls that a request's filters let through."""
-        return cls(domains, {name: values[name] for name in FILTERS if values.get(name) is not None})
+    def of(cls, domains: Domains, values: Mapping[str, Any], codec: str | None = None) -> Selection:
+        """The calls that a request's filters let through, in a database whose text has a codec of Python's (None: any).
+
+        What the database cannot hold no call can have.
+        """
+        filters = {name: values[name] for name in FILTERS if values.get(name) is not None}
+        held = {name: value for name, value in filters.items() if can_hold(codec, value)}
+        possible = len(held) == len(filters) and (domains.everything or bool(domains.uuids))
+        return cls(domains, held, possible=possible)
 
     def within(self, start: datetime, end: datetime, by: str) -> Selection:
         """Only calls whose stamp lies in [start, end)."""
@@ -140,20 +183,34 @@ class Selection:
         return [dated, undated] if self.may_be_undated and limit is None else [dated]
 
     @property
+    def needs_sort(self) -> bool:
+        """Whether no index brings these in their order."""
+        return self.by == "start" or len(self.domains.uuids) != 1 or self.domains.everything
+
+    @property
     def may_be_undated(self) -> bool:
         """Whether calls without an end stamp can be among these."""
         return self.by != "end"
 
+    def source(self, connection: PooledConnection) -> Source:
+        """What select_calls reads from, on this connection."""
+        ordered = connection.indexed and self.part == "dated" and not self.needs_sort
+        return Source(self.domains.statement, ordered=ordered, feed=self.high is not None, distinct=connection.doubled)
+
     def parameters(self) -> dict[str, Any]:
         """Those of select_calls."""
         stamp, uuid = self.after
+        to = self.end.isoformat() if self.end else None
         return {
             **dict.fromkeys(FILTERS),
             **self.filters,
             **self.domains.parameters(),
             "by": self.by,
             "from": self.start and self.start.isoformat(),
-            "to": self.end and self.end.isoformat(),
+            "to": to,
+            "from_epoch": max(find_epoch(stamp, 1), 1),
+            "to_epoch": find_epoch(to, LATEST_EPOCH) if self.by == "end" else LATEST_EPOCH,
+            "possible": self.possible,
             "part": self.part,
             "after_stamp": stamp,
             "after_uuid": uuid,
@@ -165,13 +222,14 @@ class Selection:
         }
 
 
-def find_keys(connection: Connection, selection: Selection) -> list[Key]:
+def find_keys(connection: PooledConnection, selection: Selection) -> list[Key]:
     """The keys of the selected calls."""
-    query = mogrify(connection, compose_select(("end_stamp", "xml_cdr_uuid")), selection.parameters())
-    return [(row["end_stamp"], str(row["xml_cdr_uuid"])) for row in connection.execute(query)]
+    query = compose_select(("end_stamp", "xml_cdr_uuid"), selection.source(connection))
+    rows = connection.execute(mogrify(connection, query, selection.parameters()))
+    return [(row["end_stamp"], str(row["xml_cdr_uuid"])) for row in rows]
 
 
-def find_next_key(connection: Connection, page: Selection) -> Key | None:
+def find_next_key(connection: PooledConnection, page: Selection) -> Key | None:
     """The key behind a page of page.limit calls; None if nothing follows."""
     keys = find_keys(connection, replace(page, limit=2, offset=(page.limit or 0) - 1))
     if len(keys) == 2:
@@ -183,6 +241,28 @@ def find_next_key(connection: Connection, page: Selection) -> Key | None:
 
 
 # Statements -------------------------------------------------------------------
+
+
+class Source(NamedTuple):
+    """What selected calls are read from."""
+
+    own_calls: str  # the statement that selects the calls of some domains
+    ordered: bool  # whether an index brings them in the order of their key
+    feed: bool  # whether by the transactions that wrote them
+    distinct: bool  # whether a key may be stored twice
+
+
+@functools.lru_cache(maxsize=16)
+def compose_matching(source: Source) -> sql.Composed:
+    """matching_calls for a source."""
+    columns = sql.SQL("cdr.*, cdr.xmin AS written_by" if source.feed else "cdr.*")
+    written: sql.Composable = STATEMENTS["written"] if source.feed else sql.SQL("")
+    order = sql.SQL("\n") + STATEMENTS["in_order"] if source.ordered else sql.SQL("")
+    own_calls: sql.Composable = STATEMENTS[source.own_calls].format(columns=columns, order=order)
+    if source.distinct:
+        own_calls = STATEMENTS["distinct_calls"].format(own_calls=own_calls, written=written)
+        written = sql.SQL("")
+    return STATEMENTS["matching_calls"].format(own_calls=own_calls, written=written, is_time=STATEMENTS["is_time"])
 
 
 def plain_column(name: str) -> sql.Composable:
@@ -206,16 +286,23 @@ def typed_column(name: str) -> sql.Composable:
 
 
 @functools.lru_cache(maxsize=256)
-def compose_select(fields: tuple[str, ...], column: Callable[[str], sql.Composable] = plain_column) -> str:
+def compose_select(
+    fields: tuple[str, ...], source: Source, column: Callable[[str], sql.Composable] = plain_column
+) -> str:
     """select_calls with its columns."""
     columns = sql.SQL(", ").join(map(column, fields))
-    return STATEMENTS["select_calls"].format(columns=columns, matching_calls=STATEMENTS["matching_calls"]).as_string()
+    return STATEMENTS["select_calls"].format(columns=columns, matching_calls=compose_matching(source)).as_string()
 
 
 @functools.lru_cache(maxsize=256)
-def compose_copy(statement: str, fields: tuple[str, ...], *, csv_safe: bool = False) -> str:
+def compose_copy(statement: str, fields: tuple[str, ...], source: Source, *, csv_safe: bool = False) -> str:
     """The COPY of some fields of the selected calls, by copy_json or copy_csv."""
-    strings = sql.SQL(", ").join(sql.Identifier(name) for name in fields if name in STRINGS)
-    force_quote = sql.SQL(", FORCE_QUOTE ({})").format(strings) if strings.as_string() else sql.SQL("")
-    query = sql.SQL(compose_select(fields, escaped_column if csv_safe else plain_column))
-    return STATEMENTS[statement].format(query=query, force_quote=force_quote).as_string()
+    query = sql.SQL(compose_select(fields, source, escaped_column if csv_safe else plain_column))
+    return compose_rows(statement, query, [name for name in fields if name in STRINGS]).as_string()
+
+
+def compose_rows(statement: str, query: sql.Composable, strings: Sequence[str]) -> sql.Composed:
+    """The COPY of a query's rows by copy_json or copy_csv. strings: its columns of text."""
+    listed = sql.SQL(", ").join(map(sql.Identifier, strings))
+    force_quote = sql.SQL(", FORCE_QUOTE ({})").format(listed) if strings else sql.SQL("")
+    return STATEMENTS[statement].format(query=query, force_quote=force_quote)

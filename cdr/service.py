@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import psycopg
+from psycopg import sql
 
 from cdr.database import LOOKUP_SECONDS, Database, PooledConnection
 from cdr.errors import ApiError, refuse
@@ -24,6 +25,21 @@ log = logging.getLogger("cdr_api")
 REPEAT_SECONDS = 3600  # until the same warning is written again
 
 
+@functools.cache
+def compose_begin(*, lockable: bool) -> sql.Composed:
+    """begin_read, with the lock where v_xml_cdr can be locked."""
+    lock = sql.SQL("\n") + STATEMENTS["lock_calls"] + sql.SQL(";") if lockable else sql.SQL("")
+    return STATEMENTS["begin_read"].format(lock=lock)
+
+
+def set_encoding(service: Service) -> str:
+    """What stands before a query whose rows we decode; nothing where PostgreSQL gives UTF-8."""
+    if service.calls.codec is None:
+        return ""
+    encoding = sql.Literal(service.calls.encoding)
+    return STATEMENTS["set_encoding"].format(encoding=encoding).as_string() + ";\n"
+
+
 class Service:
     """The settings, the pools, the stream slots, the logs and the signing key of a worker."""
 
@@ -34,6 +50,7 @@ class Service:
         self.request_log = RequestLog(settings.log)
         self.auth_log = AuthLog(settings.syslog) if settings.syslog != "off" else None
         self.warned: dict[str, float] = {}  # when each warning was last written, by time.monotonic()
+        self.settled: set[str] = set()  # the warnings whose cause is not there
         self.fallbacks: set[tuple[str, str]] = set()
         self.accounts = Database(settings.dsn, settings)
         self.calls = Database(settings.calls_dsn, settings) if settings.calls_dsn else self.accounts
@@ -66,9 +83,18 @@ class Service:
         if now - self.warned.get(name, -REPEAT_SECONDS) < REPEAT_SECONDS:
             return
         self.warned[name] = now
+        self.settled.discard(name)
         log.warning("%s: %s", name, text)
         with suppress(psycopg.Error):
             self.accounts.rows("upsert_warning", name=name, text=text)
+
+    def settle(self, name: str) -> None:
+        """Takes a warning back, once: a request has arrived as it should."""
+        if name not in self.settled:
+            self.settled.add(name)
+            self.warned.pop(name, None)
+            with suppress(psycopg.Error):
+                self.accounts.rows("delete_warning", name=name)
 
     def report_failure(self, name: str, address: str | None) -> None:
         """Tells syslog of a login or token that was wrong, if the client's address is known."""
@@ -100,6 +126,7 @@ class Service:
         statement gets a second; then ApiError 429.
         """
         parameters = self.reading_parameters(sort=sort, zone=zone)
+        _ = self.calls.codec  # before a connection is held: it may take one of its own
         connection = self.calls.borrow()
         try:
             connection.silence_seconds = self.settings.statement_timeout / 1000 + LOOKUP_SECONDS
@@ -127,7 +154,8 @@ class Service:
 
     def begin(self, connection: PooledConnection, parameters: Mapping[str, Any]) -> bool:
         """Opens a transaction; whether it holds one of the account's stream slots."""
-        begin_read, take_stream_slot = (STATEMENTS[name].as_string() for name in ("begin_read", "take_stream_slot"))
+        begin_read = compose_begin(lockable=connection.lockable).as_string()
+        take_stream_slot = STATEMENTS["take_stream_slot"].as_string()
         cursor = connection.execute(mogrify(connection, f"{begin_read};{take_stream_slot}", parameters))
         while cursor.nextset():
             pass

@@ -15,9 +15,9 @@ import psycopg
 from psycopg import sql
 
 from cdr.database import LOOKUP_SECONDS, PooledConnection, prepare, select_before_commit
-from cdr.selection import Selection, compose_select, typed_column
-from cdr.service import Service
-from cdr.statements import STATEMENTS, mogrify, number_placeholders
+from cdr.selection import Selection, Source, compose_select, typed_column
+from cdr.service import Service, compose_begin, set_encoding
+from cdr.statements import STATEMENTS, decode, find_placeholders, mogrify, number_placeholders
 
 # So many calls are made JSON by PostgreSQL; more of them COPY brings in less time.
 SHORT_ROWS = 20
@@ -30,48 +30,59 @@ PLANNED = ("by", "part", "limit", "offset")
 
 
 @functools.lru_cache(maxsize=256)
-def compose_short(fields: tuple[str, ...], fixed: tuple[tuple[str, Any], ...], given: tuple[str, ...]) -> str:
+def compose_short(
+    fields: tuple[str, ...], source: Source, fixed: tuple[tuple[str, Any], ...], given: tuple[str, ...]
+) -> str:
     """Calls as_json, with the values that the plan depends on in it, and $1, $2, … for the others."""
-    query = STATEMENTS["as_json"].format(query=sql.SQL(compose_select(fields, typed_column))).as_string()
+    query = STATEMENTS["as_json"].format(query=sql.SQL(compose_select(fields, source, typed_column))).as_string()
     return number_placeholders(query, given, {name: sql.Literal(value).as_string() for name, value in fixed})
 
 
 @functools.lru_cache(maxsize=256)
-def compose_run_short(name: str, given: tuple[str, ...]) -> str:
+def compose_run_short(name: str, given: tuple[str, ...], encoding: str) -> str:
     """run_short for a prepared statement."""
     placeholders = sql.SQL(", ").join(map(sql.Placeholder, given))
     execute = STATEMENTS["execute"].format(name=sql.Identifier(name), values=placeholders)
-    return STATEMENTS["run_short"].format(begin=STATEMENTS["begin_read"], execute=execute).as_string()
+    return (
+        STATEMENTS["run_short"]
+        .format(begin=compose_begin(lockable=True), encoding=sql.SQL(encoding), execute=execute)
+        .as_string()
+    )
 
 
 def execute_short(
-    service: Service,
-    connection: PooledConnection,
-    prepared: dict[str, str],
-    fields: tuple[str, ...],
-    parameters: dict[str, Any],
+    service: Service, connection: PooledConnection, selection: Selection, fields: tuple[str, ...], zone: str | None
 ) -> list[bytes]:
     """The rows of compose_short, in one round trip and without planning anew; psycopg.Error if that fails."""
+    source = selection.source(connection)
+    used = find_placeholders(compose_select(fields, source, typed_column))
+    parameters = {name: value for name, value in selection.parameters().items() if name in used}
     fixed = {
         name: value for name, value in parameters.items() if name in PLANNED or value is None or isinstance(value, bool)
     }
     given = tuple(name for name in parameters if name not in fixed)
-    name = prepare(connection, prepared, compose_short(fields, tuple(fixed.items()), given))
+    query = compose_short(fields, source, tuple(fixed.items()), given)
+    name = prepare(connection, query)
     timeout = min(SHORT_MILLISECONDS, service.settings.statement_timeout)
-    parameters = {**parameters, **service.reading_parameters(sort=False), "timeout": timeout}
-    return select_before_commit(connection, mogrify(connection, compose_run_short(name, given), parameters))
+    parameters = {**parameters, **service.reading_parameters(sort=False, zone=zone), "timeout": timeout}
+    query = compose_run_short(name, given, set_encoding(service))
+    calls = select_before_commit(connection, mogrify(connection, query, parameters))
+    return [decode(call, service.calls.codec) for call in calls]
 
 
-def find_short(service: Service, selection: Selection, fields: tuple[str, ...]) -> list[bytes] | None:
+def find_short(
+    service: Service, selection: Selection, fields: tuple[str, ...], zone: str | None = None
+) -> list[bytes] | None:
     """The calls of a request, each as JSON; None if they are not few, or that is not known at once."""
+    if not selection.possible or len(selection.domains.uuids) != 1:
+        return None
     with service.calls.connection() as connection:
         # The first PostgreSQL with plan_cache_mode is 12.
         if connection.prepared is None or not connection.indexed or connection.info.server_version < 120000:
             return None
         connection.silence_seconds = service.settings.statement_timeout / 1000 + LOOKUP_SECONDS
-        parameters = replace(selection, limit=SHORT_ROWS + 1).parameters()
         try:
-            calls = execute_short(service, connection, connection.prepared, fields, parameters)
+            calls = execute_short(service, connection, replace(selection, limit=SHORT_ROWS + 1), fields, zone)
         except psycopg.Error as error:
             if connection.closed:
                 raise

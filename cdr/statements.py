@@ -41,6 +41,20 @@ def mogrify(connection: psycopg.Connection[Any], statement: str, parameters: Map
     return (statement % literals).encode()
 
 
+def decode(text: bytes, codec: str | None) -> bytes:
+    """Text of a database in UTF-8: what cannot be read becomes U+FFFD."""
+    return text.decode(codec, "replace").encode() if codec else text
+
+
+def can_hold(codec: str | None, value: Any) -> bool:
+    """Whether a database whose text has a codec of Python's can hold a value."""
+    try:
+        str(value).encode(codec or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def number_placeholders(query: str, names: Iterable[str], fixed: Mapping[str, str] | None = None) -> str:
     """A query with $1, $2, … for its parameters, but for those whose text is fixed."""
     numbers = {name: f"${n}" for n, name in enumerate(names, 1)}

@@ -12,19 +12,20 @@ import re
 import select
 import socket
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psycopg
+from psycopg import sql
 
 from cdr.database import PooledConnection, copy_batches
 from cdr.errors import unavailable
-from cdr.selection import Selection, compose_copy
-from cdr.service import Service
+from cdr.selection import Selection, compose_copy, compose_rows
+from cdr.service import Service, set_encoding
 from cdr.settings import Settings
-from cdr.statements import mogrify
+from cdr.statements import decode, mogrify
 
 log = logging.getLogger("cdr_api")
 
@@ -216,7 +217,8 @@ class CallStream:
                 self.rows += len(rows)
                 if chunk:
                     yield chunk
-                chunk = encode(rows, self.output.separator if chunk else self.output.opening)
+                encoded = encode(rows, self.output.separator if chunk else self.output.opening)
+                chunk = decode(encoded, self.service.calls.codec)
             self.complete = True
         except psycopg.Error as error:
             if not self.owned:
@@ -246,9 +248,32 @@ class CallStream:
 
 
 def write_copies(
-    connection: PooledConnection, parts: Sequence[Selection], output: Format, fields: tuple[str, ...], *, csv_safe: bool
+    service: Service,
+    connection: PooledConnection,
+    parts: Sequence[Selection],
+    output: Format,
+    fields: tuple[str, ...],
+    *,
+    csv_safe: bool = False,
 ) -> bytes:
     """The query for the calls of all parts, which ends the transaction."""
-    copy = compose_copy(output.statement, fields, csv_safe=csv_safe)
+    copy = compose_copy(output.statement, fields, parts[0].source(connection), csv_safe=csv_safe)
     copies = [mogrify(connection, copy, part.parameters() | {"header": part is parts[0]}) for part in parts]
-    return b";".join([*copies, b"COMMIT"])
+    return finish(service, b";".join(copies))
+
+
+def write_rows(
+    service: Service,
+    connection: PooledConnection,
+    query: sql.Composable,
+    parameters: Mapping[str, Any],
+    output: Format,
+    strings: Sequence[str],
+) -> bytes:
+    """The query for the rows of a statement, which ends the transaction. strings: its columns of text."""
+    copy = compose_rows(output.statement, query, strings).as_string()
+    return finish(service, mogrify(connection, copy, {**parameters, "header": True}))
+
+
+def finish(service: Service, copies: bytes) -> bytes:
+    return set_encoding(service).encode() + copies + b";COMMIT"

@@ -27,7 +27,7 @@ RELEASES = ("4.2.2", "4.4.1", "5.0.1", "5.1.0", "5.2.0", "5.3.0", "5.4.4", "5.5.
 NEWEST = "5.5.7"
 DOMAINS = ("alpha.example.com", "beta.example.com", "gamma.example.com")
 STEP = 10_000  # rows of one INSERT
-INDEX = "CREATE INDEX cdr_api_calls ON v_xml_cdr (domain_name, end_stamp, xml_cdr_uuid)"
+INDEX = "CREATE INDEX cdr_api_calls ON v_xml_cdr (domain_uuid, end_stamp, xml_cdr_uuid)"
 
 Connection = psycopg.Connection[Any]
 

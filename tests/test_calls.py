@@ -18,7 +18,7 @@ from tests.conftest import Client, Database, problem
 UUID = "0b9e2f6c-6a53-4c0e-9c5e-0d9c4b3f7a11"
 STORED = {
     "xml_cdr_uuid": UUID,
-    "domain_uuid": "11111111-1111-4111-8111-111111111111",
+    "domain_uuid": "35bbdef6-fa63-6c31-739d-e4d4e81ad692",
     "extension_uuid": "22222222-2222-4222-8222-222222222222",
     "sip_call_id": "abc@10.0.0.1",
     "domain_name": "alpha.example.com",
@@ -195,7 +195,8 @@ def test_fields_are_pruned_and_ordered(client: Client) -> None:
 
 # What FusionPBX's own list shows to users.
 BILLABLE = """coalesce(leg, 'a') = 'a' AND coalesce(hangup_cause, '') <> 'LOSE_RACE'
-  AND coalesce(cc_side, '') <> 'agent' AND originating_leg_uuid IS NULL"""
+  AND (coalesce(cc_side, '') <> 'agent' AND originating_leg_uuid IS NULL
+       OR direction = 'outbound' AND billsec <> 'NaN' AND round(billsec) > 0)"""
 
 ANSWERED = "billsec <> 'NaN' AND round(billsec) > 0"
 
@@ -209,6 +210,7 @@ FILTERS = [
     ("source_number", "104", "source_number = '104'"),
     ("destination_number", "105", "destination_number = '105'"),
     ("hangup_cause", "USER_BUSY", "hangup_cause = 'USER_BUSY'"),
+    ("status", "voicemail", "status = 'voicemail'"),
     ("answered", "true", ANSWERED),
     ("answered", "false", f"({ANSWERED}) IS NOT TRUE"),
     ("min_billsec", "60", "billsec <> 'NaN' AND billsec >= 60"),

@@ -19,7 +19,7 @@ import pytest
 import cdr_admin
 import cdr_api
 import demo
-from cdr.check import RANGE_INDEX
+from cdr.check_calls import EPOCH_INDEX, RANGE_INDEX
 from cdr.selection import FIELDS
 from cdr.settings import Settings
 from demo.__main__ import CURL
@@ -107,7 +107,7 @@ def test_the_digests_of_the_billing_page_are_those_of_the_service(make_database:
     names: dict[str, Any] = {}
     exec(BILLING.partition("```python\n")[2].partition("```")[0], names)
     assert names["digest"](THREE) == digest
-    (statement,) = re.findall(r"```sql\n(.*?)```", BILLING, re.DOTALL)
+    (statement,) = re.findall(r"```sql\n(.*?)```", BILLING.partition("## The digest")[2], re.DOTALL)
     assert database.execute(statement.replace("FROM ledger", "FROM v_xml_cdr")) == [(digest,)]
     (function,) = re.findall(r"```php\n(.*?)```", BILLING, re.DOTALL)
     if php := shutil.which("php"):
@@ -207,6 +207,7 @@ def test_the_settings_table_tells_the_defaults() -> None:
 def test_the_index_of_the_documents_is_the_one_that_check_prints() -> None:
     index = RANGE_INDEX.format(key="xml_cdr_uuid")
     assert index in DEPLOYMENT
+    assert EPOCH_INDEX.format(key="uuid") in DEPLOYMENT
     assert demo.INDEX.partition(" ON ")[2] + ";" == index.partition(" ON ")[2]
 
 

@@ -105,11 +105,15 @@ def test_upgraded_types_need_no_restart(make_database: DatabaseMaker) -> None:
     assert client.calls() == [call | {"missed_call": False} for call in before]
 
 
+IMPORTED = "e15af291-8fb3-49e8-939b-4597781e8426"  # the domain of the imported calls
+
+
 def test_rows_of_fusionpbxs_own_importer(make_database: DatabaseMaker) -> None:
     database = make_database()
     with database.connect() as connection:
         demo.add_imported_calls(connection)
         demo.add_domain(connection, "pbx.example.com")
+        connection.execute("UPDATE v_domains SET domain_uuid = %s WHERE domain_name = 'pbx.example.com'", [IMPORTED])
     client = database.client(database.account("pbx.example.com"), database.app(CDR_API_TIMEZONE="UTC"))
     found = {call["xml_cdr_uuid"]: call for call in client.calls(domain_name="pbx.example.com")}
     with (demo.HERE / "imported-5.5.7.csv").open(encoding="utf-8", newline="") as file:

@@ -126,6 +126,11 @@ def test_check_tells_how_requests_come_in(make_database: DatabaseMaker) -> None:
     assert status == 1
     assert "CDR_API_PROXIES is 0" in lines["proxies"]
     assert "proxy_http_version 1.1" in lines["HTTP version"]
+    # What the settings have mended is not told any more; and what a request shows to be mended goes.
+    assert "proxies" not in check(database.app(CDR_API_PROXIES="1"))[1]
+    Client(database.app(CDR_API_PROXIES="1")).send("GET", "/api/health", **by_proxy)
+    assert check(app)[0] == 0
+    Client(app).send("GET", "/api/health", **by_proxy, environ_overrides={"SERVER_PROTOCOL": "HTTP/1.0"})
     database.execute("UPDATE cdr_api.warnings SET seen_at = now() - interval '25 hours'")
     assert check(app)[0] == 0
 
@@ -151,7 +156,7 @@ def test_check_tells_who_holds_the_feed_back(make_database: DatabaseMaker) -> No
 def test_check_finds_the_calls_of_domains_that_are_no_more(make_database: DatabaseMaker) -> None:
     database = make_database(calls=30, index=True)
     database.insert_call(domain_name="gone.example.com", domain_uuid="00000000-0000-4000-8000-00000000dead")
-    assert check(database.app())[1]["lost calls"].startswith("! lost calls         1 bear the name of no domain")
+    assert check(database.app())[1]["lost calls"].startswith("! lost calls         1 belong to no domain")
 
 
 def test_check_looks_at_the_files_of_a_deployment(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
-from cdr.check import find_plan
+from cdr.check_calls import find_plan
 from tests.conftest import ROOT, Client, Database, DatabaseMaker
 
 # The statements of docs/scaling.md that make v_xml_cdr a partitioned table.

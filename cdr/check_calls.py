@@ -1,0 +1,294 @@
+"""What flask check looks at in the database that holds the calls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import psycopg
+
+from cdr.database import Connection, run
+from cdr.parsing import parse_zone
+from cdr.selection import FIELDS, FIRST_UUID, Domains, Selection, Source, compose_select
+from cdr.settings import Settings
+from cdr.statements import STATEMENTS, decode, mogrify
+
+Finding = tuple[str, str, str]  # a mark, the subject, what was found and what mends it
+GOOD, NOTE, BAD = "✓", "!", "✗"
+
+RANGE_INDEX = "CREATE INDEX CONCURRENTLY IF NOT EXISTS cdr_api_calls ON v_xml_cdr (domain_uuid, end_stamp, {key});"
+EPOCH_INDEX = "CREATE INDEX CONCURRENTLY IF NOT EXISTS cdr_api_calls ON v_xml_cdr (domain_uuid, end_epoch, {key});"
+SAMPLE_ROWS = 20_000  # of stamps and epochs, spread over the table
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the checks are told: the settings, and FusionPBX's domains as they stand beside the accounts."""
+
+    settings: Settings
+    domains: Domains
+
+
+# Tables -----------------------------------------------------------------------
+
+
+def find_columns(connection: Connection) -> dict[str, str]:
+    """The types of v_xml_cdr's columns by name."""
+    return {row["column_name"]: row["data_type"] for row in run(connection, "select_columns")}
+
+
+def check_columns(_subject: Subject, connection: Connection) -> Iterator[Finding]:
+    columns = find_columns(connection)
+    if not columns:
+        yield BAD, "columns", "there is no table v_xml_cdr: is this FusionPBX's database?"
+        return
+    renamed = {"xml_cdr_uuid"} if "uuid" in columns and "xml_cdr_uuid" not in columns else set()  # 4.x's key
+    columns |= dict.fromkeys(renamed, "uuid")
+    lacking = [name for name in FIELDS if name not in columns]
+    if {"uuid", "xml_cdr_uuid"} <= columns.keys() - renamed:
+        yield BAD, "columns", "there are both uuid and xml_cdr_uuid: which one is the key cannot be told"
+    text = f"{len(lacking)} of the 66 fields are always null here: {', '.join(lacking)}" if lacking else "all 66 fields"
+    yield GOOD, "columns", text
+
+
+def check_tables(_subject: Subject, connection: Connection) -> Iterator[Finding]:
+    """Whether the feed can tell which transaction wrote a row."""
+    found = run(connection, "find_tables")[0]
+    odd = found["odd"]
+    if not odd and found["has_distributed"]:
+        odd = run(connection, "find_distributed", members=found["members"])[0]["odd"]
+    parts = len(found["members"] or ()) - 1
+    if odd:
+        yield BAD, "tables", f"{odd}: the feed is refused with 409, the other routes go on"
+    else:
+        yield GOOD, "tables", "v_xml_cdr is a plain table" + (f" of {parts} partitions" if parts else "")
+
+
+def check_row_security(_subject: Subject, connection: Connection) -> Iterator[Finding]:
+    names = [row["name"] for row in run(connection, "find_row_security")]
+    if names:
+        mend = "; ".join(f"ALTER TABLE {name} DISABLE ROW LEVEL SECURITY" for name in names)
+        yield BAD, "row security", f"a policy may hide rows of {', '.join(names)}, so every answer is 503: {mend};"
+    else:
+        yield GOOD, "row security", "no policy hides a row"
+
+
+def check_key(_subject: Subject, connection: Connection) -> Iterator[Finding]:
+    key = "uuid" if "uuid" in find_columns(connection) else "xml_cdr_uuid"
+    if not run(connection, "examine_session")[0]["doubled"]:
+        yield GOOD, "key", "no call can be stored twice"
+        return
+    doubles = run(connection, "count_doubles")[0]["calls"]
+    text = f"v_xml_cdr has no primary key, and {doubles} calls are stored more than once"
+    mend = f"ALTER TABLE v_xml_cdr ADD PRIMARY KEY ({key});"
+    yield BAD, "key", f"{text}; each counts once, and every answer is slow: {mend}"
+
+
+def check_index(_subject: Subject, connection: Connection) -> Iterator[Finding]:
+    """Whether an index serves the range of a day, from the plan of the real statement."""
+    for row in run(connection, "select_invalid_indexes"):
+        drop = f"DROP INDEX CONCURRENTLY {row['index_name']};"
+        yield BAD, "index", f"{row['index_name']} is left over from a build that was interrupted: run {drop}"
+    columns = find_columns(connection)
+    key = "xml_cdr_uuid" if "xml_cdr_uuid" in columns else "uuid"
+    if columns.get("end_stamp") == "text":  # as in 4.x, where the epochs count
+        index, served = EPOCH_INDEX, run(connection, "examine_session")[0]["epochs_indexed"]
+    else:
+        conditions = (node.get("Index Cond", "") for node in find_plan(connection, "2026-01-01", "2026-01-02"))
+        index, served = RANGE_INDEX, any("end_stamp" in condition for condition in conditions)
+    if served:
+        yield GOOD, "index", "an index serves ranges"
+    else:
+        yield BAD, "index", f"no index serves ranges; run {index.format(key=key)}"
+
+
+def find_plan(connection: Connection, start: str, end: str) -> Iterator[dict[str, Any]]:
+    """The nodes of the plan for the range of a domain, of the statement that serves it."""
+    selection = Selection(
+        Domains([FIRST_UUID], [""]), by="end", part="dated", after=(start, FIRST_UUID), end=datetime.fromisoformat(end)
+    )
+    select_calls = compose_select(FIELDS, Source(selection.domains.statement, ordered=True, feed=False, distinct=False))
+    explain = STATEMENTS["explain"].as_string()
+    query = mogrify(connection, f"{explain} {select_calls}", selection.parameters())
+    with connection.transaction(force_rollback=True):
+        run(connection, "forbid_scans")
+        nodes = [connection.execute(query).fetchall()[0]["QUERY PLAN"][0]["Plan"]]
+    while nodes:
+        node = nodes.pop()
+        nodes += node.get("Plans", [])
+        yield node
+
+
+# Calls ------------------------------------------------------------------------
+
+
+def check_domains_of_calls(subject: Subject, connection: Connection) -> Iterator[Finding]:
+    """Calls that belong to no domain, in one pass with whatever else takes a look at every call."""
+    days = subject.settings.lookback_days
+    query = STATEMENTS["examine_calls"].format(is_time=STATEMENTS["is_time"])
+    found = connection.execute(query, {"days": days, **subject.domains.parameters()}).fetchall()[0]
+    if found["of_no_domain"]:
+        text = f"{found['of_no_domain']} belong to no domain that exists; only accounts that read everything get them"
+        yield NOTE, "lost calls", text
+    else:
+        yield GOOD, "lost calls", "every call belongs to a domain"
+    if found["late"]:
+        text = f"{found['late']} were stored more than {days} days after their end; the feed left them out"
+        yield NOTE, "late calls", f"{text}, the totals show them"
+    else:
+        yield GOOD, "late calls", f"none was stored more than {days} days after its end"
+    if found["odd"]:
+        text = f"{found['odd']} have a billsec below 0 or over 31 days, as a clock that was set back makes"
+        yield NOTE, "durations", f"{text}; they are summed as stored (min_billsec=0 leaves out the negative)"
+    else:
+        yield GOOD, "durations", "none is negative or absurd"
+    yield from judge_importer(found["gaps"])
+
+
+def judge_importer(gaps: Sequence[float | None]) -> Iterator[Finding]:
+    """Whether the newest call is unusually old. gaps: seconds since the newest call, now and one to eight weeks ago."""
+    now, *weeks = gaps
+    usual = [gap for gap in weeks if gap is not None]
+    if now is None or not usual:
+        yield GOOD, "importer", "too few calls are stored to tell how old the newest usually is"
+    elif now > 900 + 2 * max(usual):
+        hours, most = now / 3600, max(usual) / 3600
+        text = f"the newest call ended {hours:.1f} h ago, at this hour of other weeks at most {most:.1f} h"
+        look = "ls /var/log/freeswitch/xml_cdr | wc -l; systemctl status xml_cdr"
+        yield NOTE, "importer", f"{text}: if files wait, FusionPBX's import sleeps: {look}"
+    else:
+        yield GOOD, "importer", f"the newest call ended {now / 3600:.1f} h ago"
+
+
+def check_stamps(subject: Subject, connection: Connection) -> Iterator[Finding]:
+    """Whether stamps and epochs are the same instants, by a sample that is spread over the table."""
+    zone = subject.settings.timezone or connection.info.parameter_status("TimeZone") or "UTC"
+    query = STATEMENTS["compare_stamps"].format(is_time=STATEMENTS["is_time"])
+    with connection.transaction(force_rollback=True):
+        run(connection, "try_time_zone", time_zone=zone)
+        try:
+            found = connection.execute(query, {"rows": SAMPLE_ROWS}).fetchall()[0]
+        except (psycopg.errors.WrongObjectType, psycopg.errors.FeatureNotSupported):
+            return  # a view or a foreign table has no samples
+    if not found["differ"]:
+        yield GOOD, "stamps", f"of {found['looked_at']} calls all end_stamps are the instants of their end_epochs"
+        return
+    share = f"{found['differ']} of {found['looked_at']} calls, most by {found['seconds']:+.0f} s"
+    if found["is_text"]:
+        yield NOTE, "stamps", f"end_stamp is in another zone than {zone} in {share}; the epochs count here"
+    else:
+        text = f"end_stamp is another instant than end_epoch in {share}"
+        yield NOTE, "stamps", f"{text}: stamps count, so such calls may lie in another day or month"
+
+
+def check_text(_subject: Subject, connection: Connection) -> Iterator[Finding]:
+    """The encoding; in SQL_ASCII, which checks nothing, how many calls hold text that is not UTF-8."""
+    encoding = connection.info.parameter_status("server_encoding") or "UTF8"
+    if encoding != "SQL_ASCII":
+        yield GOOD, "text", f"the database's encoding is {encoding}"
+        return
+    with connection.transaction(force_rollback=True):
+        connection.execute(STATEMENTS["set_encoding"].format(encoding=encoding))
+        rows = [row["call"] for row in run(connection, "select_foreign_text")]
+    broken = sum(decode(text, "utf-8") != text for text in rows)
+    some = f"{broken} calls hold bytes that are not UTF-8, shown as U+FFFD" if broken else "all of its text is UTF-8"
+    yield NOTE if broken else GOOD, "text", f"the database's encoding is SQL_ASCII, which checks nothing; {some}"
+
+
+# Feed -------------------------------------------------------------------------
+
+
+def check_feed(_subject: Subject, connection: Connection) -> Iterator[Finding]:
+    """Who holds the feed back: it waits for every transaction that began to write earlier."""
+    try:
+        found = run(connection, "find_oldest_writer")[0]
+    except (psycopg.errors.InvalidSchemaName, psycopg.errors.UndefinedFunction):
+        return  # an archive need not have it
+    seconds = found["seconds"] or 0
+    if seconds < 60:
+        yield GOOD, "feed", f"held back by {seconds:.0f} s"
+        return
+    pid = found["holder"].partition("pid ")[2].partition(",")[0]
+    end = f"SELECT pg_terminate_backend({pid});" if pid else "ROLLBACK PREPARED or COMMIT PREPARED it"
+    text = f"held back by {seconds:.0f} s: {found['holder']} has written and not ended; if that is wrong: {end}"
+    yield NOTE if seconds < 3600 else BAD, "feed", text
+
+
+def check_standby(_subject: Subject, connection: Connection) -> Iterator[Finding]:
+    found = run(connection, "find_standby_lag")[0]
+    if not found["in_recovery"]:
+        return
+    lag = found["seconds"]
+    text = f"a standby, {lag:.0f} s behind" if lag is not None else "a standby that has replayed nothing yet"
+    if lag is None or lag > 300:
+        text += ": SELECT * FROM pg_stat_replication on the primary tells why"
+    yield GOOD if lag is not None and lag < 60 else NOTE if lag is not None and lag <= 300 else BAD, "standby", text
+
+
+def check_timeline(_subject: Subject, connection: Connection) -> Iterator[Finding]:
+    """Without the function a cursor cannot be compared with what the server has been through."""
+    found = run(connection, "find_timeline")[0]
+    yield GOOD, "timeline", str(found["timeline"])
+
+
+def check_subscription(_subject: Subject, connection: Connection) -> Iterator[Finding]:
+    """Where a subscription fills the table, up to when it has applied what its publisher wrote."""
+    members = run(connection, "find_tables")[0]["members"]
+    found = run(connection, "find_subscriptions", members=members)[0]
+    if not found["subscriptions"]:
+        return
+    if found["known"] and found["applied"]:
+        yield GOOD, "subscription", f"fills v_xml_cdr, has applied everything up to {found['applied']}"
+    else:
+        text = "fills v_xml_cdr and does not run, or copies still (pg_stat_subscription tells)"
+        yield BAD, "subscription", f"{text}: the feed comes without X-Complete-Through"
+
+
+# Time -------------------------------------------------------------------------
+
+
+def check_time_zone(subject: Subject, connection: Connection) -> Iterator[Finding]:
+    chosen = subject.settings.timezone
+    zone = chosen or connection.info.parameter_status("TimeZone") or "UTC"
+    try:
+        parse_zone(zone)
+        with connection.transaction(force_rollback=True):
+            run(connection, "try_time_zone", time_zone=zone)
+    except (ValueError, psycopg.DataError):
+        yield BAD, "time zone", f"{zone} is not a time zone that both sides know: set CDR_API_TIMEZONE"
+    else:
+        yield GOOD, "time zone", f"{zone}, by {'CDR_API_TIMEZONE' if chosen else 'the database'}"
+
+
+def check_clock(_subject: Subject, connection: Connection) -> Iterator[Finding]:
+    before = time.time()
+    server = float(run(connection, "read_clock")[0]["epoch"])
+    difference = server - (before + time.time()) / 2
+    yield GOOD if abs(difference) < 5 else BAD, "clock", f"the server's differs from ours by {difference:+.1f} s"
+
+
+def check_date_style(_subject: Subject, connection: Connection) -> Iterator[Finding]:
+    style = connection.info.parameter_status("DateStyle")
+    yield GOOD, "DateStyle", f"{style}; no answer depends on it"
+
+
+CHECKS = (
+    check_columns,
+    check_tables,
+    check_row_security,
+    check_key,
+    check_index,
+    check_domains_of_calls,
+    check_stamps,
+    check_text,
+    check_feed,
+    check_timeline,
+    check_subscription,
+    check_standby,
+    check_time_zone,
+    check_date_style,
+    check_clock,
+)
