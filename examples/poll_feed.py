@@ -44,7 +44,7 @@ Ledger = sqlite3.Connection
 
 # What is kept of a call: the columns of the ledger's table. Add yours to both, and to UPSERT.
 FIELDS = (
-    "xml_cdr_uuid,domain_name,direction,accountcode,extension_uuid,caller_id_number,destination_number,"
+    "xml_cdr_uuid,domain_uuid,domain_name,direction,accountcode,extension_uuid,caller_id_number,destination_number,"
     "start_stamp,answer_stamp,end_stamp,billsec,billmsec,hangup_cause"
 )
 
@@ -52,8 +52,8 @@ FIELDS = (
 # gone_at: when reconcile found that the PBX has the call no longer.
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS calls (
-    xml_cdr_uuid TEXT PRIMARY KEY, domain_name TEXT, direction TEXT, accountcode TEXT, extension_uuid TEXT,
-    caller_id_number TEXT, destination_number TEXT, start_stamp TEXT, answer_stamp TEXT, end_stamp TEXT,
+    xml_cdr_uuid TEXT PRIMARY KEY, domain_uuid TEXT, domain_name TEXT, direction TEXT, accountcode TEXT,
+    extension_uuid TEXT, caller_id_number TEXT, destination_number TEXT, start_stamp TEXT, answer_stamp TEXT, end_stamp TEXT,
     billsec INTEGER, billmsec INTEGER, hangup_cause TEXT, ended TEXT, gone_at TEXT);
 CREATE INDEX IF NOT EXISTS calls_ended ON calls (ended);
 CREATE TABLE IF NOT EXISTS position (
@@ -62,12 +62,12 @@ CREATE TABLE IF NOT EXISTS position (
 
 UPSERT = """
 INSERT INTO calls
-VALUES (:xml_cdr_uuid, :domain_name, :direction, :accountcode, :extension_uuid, :caller_id_number,
+VALUES (:xml_cdr_uuid, :domain_uuid, :domain_name, :direction, :accountcode, :extension_uuid, :caller_id_number,
         :destination_number, :start_stamp, :answer_stamp, :end_stamp, :billsec, :billmsec, :hangup_cause, :ended, NULL)
 ON CONFLICT (xml_cdr_uuid) DO UPDATE
-SET (domain_name, direction, accountcode, extension_uuid, caller_id_number, destination_number, start_stamp,
-     answer_stamp, end_stamp, billsec, billmsec, hangup_cause, ended, gone_at)
-  = (excluded.domain_name, excluded.direction, excluded.accountcode, excluded.extension_uuid,
+SET (domain_uuid, domain_name, direction, accountcode, extension_uuid, caller_id_number, destination_number,
+     start_stamp, answer_stamp, end_stamp, billsec, billmsec, hangup_cause, ended, gone_at)
+  = (excluded.domain_uuid, excluded.domain_name, excluded.direction, excluded.accountcode, excluded.extension_uuid,
      excluded.caller_id_number, excluded.destination_number, excluded.start_stamp, excluded.answer_stamp,
      excluded.end_stamp, excluded.billsec, excluded.billmsec, excluded.hangup_cause, excluded.ended, NULL)
 """
@@ -276,7 +276,13 @@ class Total:
         self.digest = (self.digest + digest(xml_cdr_uuid, billsec)) % 2**48
 
 
-Totals = dict[tuple[str, str], Total]  # by domain and day
+# By domain and day. A domain is its uuid, which stays when it is renamed; for calls that are stored without one,
+# "name " and the name.
+Totals = dict[tuple[str, str], Total]
+
+
+def show_domain(domain_uuid: str | None, domain_name: str | None) -> str:
+    return domain_uuid or f"name {domain_name or ''}"
 
 
 @dataclass(frozen=True)
@@ -297,13 +303,16 @@ class Scope:
 
 
 def pbx_totals(pbx: Pbx, scope: Scope) -> Totals:
-    where = {"from": str(scope.first), "to": str(scope.last), "group_by": "domain_name,day", "tz": scope.zone.key}
+    groups = "domain_uuid,domain_name,day"
+    where = {"from": str(scope.first), "to": str(scope.last), "group_by": groups, "tz": scope.zone.key}
     if scope.domain:
         where["domain_name"] = scope.domain
     with pbx.ask("call_totals", **where) as response:
         rows = read_json(response)
     return {
-        (row["domain_name"], row["day"]): Total(row["calls"], row["billsec"], row["billmsec"], int(row["digest"], 16))
+        (show_domain(row["domain_uuid"], row["domain_name"]), row["day"]): Total(
+            row["calls"], row["billsec"], row["billmsec"], int(row["digest"], 16)
+        )
         for row in rows
     }
 
@@ -312,13 +321,13 @@ def ledger_totals(ledger: Ledger, scope: Scope) -> Totals:
     totals: Totals = {}
     start, end = scope.bounds(scope.first, scope.last)
     rows = ledger.execute(
-        "SELECT domain_name, ended, xml_cdr_uuid, billsec, billmsec FROM calls"
+        "SELECT domain_uuid, domain_name, ended, xml_cdr_uuid, billsec, billmsec FROM calls"
         " WHERE gone_at IS NULL AND ended >= ? AND ended < ? AND domain_name = coalesce(?, domain_name)",
         (show_utc(start), show_utc(end), scope.domain),
     )
-    for domain, ended, *values in rows:
+    for domain_uuid, domain_name, ended, *values in rows:
         day = datetime.fromisoformat(ended).astimezone(scope.zone).date()
-        totals.setdefault((domain, str(day)), Total()).add(*values)
+        totals.setdefault((show_domain(domain_uuid, domain_name), str(day)), Total()).add(*values)
     return totals
 
 
@@ -336,21 +345,37 @@ def repair(pbx: Pbx, ledger: Ledger, scope: Scope, domain: str, day: date) -> st
     """Makes a day of a domain in the ledger what it is in the PBX; says what that took."""
     start, end = map(show_utc, scope.bounds(day, day))
     last = show_utc(scope.bounds(day, day)[1] - timedelta(microseconds=1))  # both ends of a range are inclusive
-    where = {"domain_name": domain, "from": start, "to": last, "fields": FIELDS, "format": "ndjson"}
+    name = domain.removeprefix("name ") if domain.startswith("name ") else None
+    where = {"from": start, "to": last, "fields": FIELDS, "format": "ndjson"}
+    where |= {"domain_uuid": domain} if name is None else {"domain_name": name}
     corrected = 0
     with transaction(ledger):
         rows = ledger.execute(
-            "SELECT xml_cdr_uuid, billsec, billmsec FROM calls"
-            " WHERE gone_at IS NULL AND domain_name = ? AND ended >= ? AND ended < ?",
-            (domain, start, end),
+            "SELECT xml_cdr_uuid, billsec, billmsec FROM calls WHERE gone_at IS NULL AND ended >= ? AND ended < ?"
+            " AND CASE WHEN ? IS NULL THEN domain_uuid = ? ELSE domain_uuid IS NULL AND domain_name = ? END",
+            (start, end, name, domain, name),
         )
         extra = {uuid: values for uuid, *values in rows}
-        with pbx.ask("call_range", **where) as response:
-            for call in read_calls(response):
+        for call in read_domain(pbx, where):
+            if name is None or call["domain_uuid"] is None:
                 corrected += extra.pop(call["xml_cdr_uuid"], None) != [call["billsec"], call["billmsec"]]
                 store(ledger, call)
         gone = look_up(pbx, ledger, list(extra))
     return f"{corrected} added or corrected, {len(extra) - gone} moved elsewhere, {gone} gone"
+
+
+def read_domain(pbx: Pbx, where: dict[str, str]) -> Iterator[Call]:
+    """The calls of a range; none of a domain that is deleted, or that this token may read no longer.
+
+    Its calls in the ledger are marked as gone then, which is told once. They stay in
+    it, and are what they were again if the domain can be read again.
+    """
+    try:
+        with pbx.ask("call_range", **where) as response:
+            yield from read_calls(response)
+    except RefusedError as refused:
+        if refused.answer not in (403, 404):
+            raise
 
 
 def look_up(pbx: Pbx, ledger: Ledger, uuids: list[str]) -> int:
@@ -374,20 +399,10 @@ def reconcile(pbx: Pbx, ledger: Ledger, arguments: argparse.Namespace) -> int:
             print(f"The ledger equals the PBX from {scope.first} to {scope.last}.")
             return 0
         for domain, day in different:
-            print(f"{domain} {day}: {try_repair(pbx, ledger, scope, domain, day)}")
+            print(f"{domain} {day}: {repair(pbx, ledger, scope, domain, day)}")
     different = compare(pbx, ledger, scope)
     print(f"{len(different)} groups still differ.", file=sys.stderr)
     return DIFFERS if different else 0
-
-
-def try_repair(pbx: Pbx, ledger: Ledger, scope: Scope, domain: str, day: date) -> str:
-    try:
-        return repair(pbx, ledger, scope, domain, day)
-    except RefusedError as refused:
-        # A domain that this token may read no longer is no reason to take its calls for gone.
-        if refused.answer in (403, 404):
-            return f"left alone ({refused})"
-        raise
 
 
 # Command line -----------------------------------------------------------------
