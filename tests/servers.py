@@ -131,9 +131,9 @@ def own_node(*settings: str) -> Iterator[Node]:
 
 
 @contextmanager
-def standby_of(node: Node) -> Iterator[Node]:
-    """A streaming standby, made by a base backup, that has caught up."""
-    folder = node.data.parent / "standby"
+def standby_of(node: Node, name: str = "standby") -> Iterator[Node]:
+    """A streaming standby, of a standby too, made by a base backup, that has caught up."""
+    folder = node.data.parent / name
     folder.mkdir(mode=0o700)
     if node.server.system_user:
         shutil.chown(folder, node.server.system_user)
@@ -143,11 +143,17 @@ def standby_of(node: Node) -> Iterator[Node]:
         copied.unlink()
     standby = Node(node.server, folder, folder)
     standby.start()
-    wait_for(lambda: has_replayed(standby, node.value("SELECT pg_current_wal_lsn()")))
+    wait_for(lambda: has_replayed(standby, written(node)))
     try:
         yield standby
     finally:
         standby.stop()
+
+
+def written(node: Node) -> str:
+    """Up to where a server has written its WAL, or a standby replayed it."""
+    replayed, current = "pg_last_wal_replay_lsn()", "pg_current_wal_lsn()"
+    return str(node.value(f"SELECT CASE WHEN pg_is_in_recovery() THEN {replayed} ELSE {current} END"))
 
 
 def has_received(standby: Node, position: str) -> bool:

@@ -1,0 +1,322 @@
+"""What the feed vouches for: nothing that is stored is left out in silence, whatever comes between two polls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+import pytest
+
+from tests.commands import check
+from tests.conftest import Client, Database, DatabaseMaker, problem, wait_for
+
+ALPHA, BETA = "alpha.example.com", "beta.example.com"
+NOW = datetime.now(UTC)
+
+
+def days_ago(days: float) -> str:
+    return (NOW - timedelta(days=days)).isoformat()
+
+
+class Poller:
+    """Keeps the cursor of one feed, and everything that came."""
+
+    def __init__(self, client: Client, since: str, **parameters: str) -> None:
+        self.client = client
+        self.parameters = parameters
+        self.place = {"from": since}
+        self.headers: dict[str, str] = {}
+        self.found: list[str] = []
+
+    def ask(self) -> Any:
+        return self.client.get("/api/call_feed", fields="xml_cdr_uuid", **self.place, **self.parameters)
+
+    def poll(self) -> list[str]:
+        response = self.ask()
+        assert response.status_code == 200, response.text
+        self.headers = dict(response.headers)
+        self.place = {"cursor": response.headers["X-Next-Cursor"]}
+        new = [call["xml_cdr_uuid"] for call in json.loads(response.data)]
+        self.found += new
+        return new
+
+    def refused(self) -> str:
+        """The sentence of a 410, which says where to begin anew."""
+        response = self.ask()
+        assert response.status_code == 410, response.text
+        assert problem(response)["data"]["from"]
+        return str(problem(response)["message"])
+
+
+@pytest.fixture
+def database(make_database: DatabaseMaker) -> Database:
+    return make_database(index=True)
+
+
+@pytest.fixture
+def client(database: Database) -> Client:
+    return database.client(database.account(ALPHA, BETA))
+
+
+@contextmanager
+def open_writer(database: Database) -> Iterator[psycopg.Connection[Any]]:
+    """A transaction that has written and does not end: it holds the horizon."""
+    with psycopg.connect(database.server.get_uri(database=database.name)) as writer:
+        writer.execute("UPDATE v_domains SET domain_description = 'held'")
+        yield writer
+
+
+# What lies before the first poll, and how far the feed looks back ---------------
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["", "with a writer left open"])
+@pytest.mark.parametrize("since", [0.001, 1, 30], ids=["a minute", "a day", "30 days"])
+def test_calls_that_ended_before_a_recent_from_and_are_stored_after_it_come(
+    database: Database, client: Client, since: float, *, held: bool
+) -> None:
+    before = database.insert_call(end_stamp=days_ago(since + 1))
+    poller = Poller(client, days_ago(since))
+
+    def store_late_calls() -> list[str]:
+        return [database.insert_call(end_stamp=days_ago(since + days)) for days in (0.01, 2, 10, 14)]
+
+    if held:
+        with open_writer(database):
+            assert poller.poll() == []
+            late = store_late_calls()
+            poller.poll()
+            late += store_late_calls()
+            poller.poll()
+    else:
+        assert poller.poll() == []
+        late = store_late_calls()
+    poller.poll()
+    poller.poll()
+    assert sorted(poller.found) == sorted(late)
+    assert before not in poller.found  # stored before the first poll, which did not ask for it
+
+
+def test_the_look_back_counts_from_what_was_delivered(database: Database) -> None:
+    """While a writer holds the horizon nothing is delivered, so the look-back stands still too."""
+    app = database.app(CDR_API_LOOKBACK_DAYS="1")
+    poller = Poller(database.client(database.account(ALPHA), app), days_ago(30))
+    poller.poll()
+    with open_writer(database):
+        late = database.insert_call(end_stamp=days_ago(0.999))
+        for _ in range(3):
+            poller.poll()
+    wait_for(lambda: late in poller.poll() or late in poller.found)
+    assert poller.found == [late]
+
+
+def test_a_clock_that_was_ahead_for_one_poll_costs_nothing(database: Database) -> None:
+    """The server's now() is 60 days ahead: of the service's clock and of it the earlier counts."""
+    poller = Poller(database.client(database.account(ALPHA, days=0)), days_ago(30))
+    poller.poll()
+    database.execute("CREATE SCHEMA ahead")
+    for name in ("now", "clock_timestamp"):
+        database.execute(
+            f"CREATE FUNCTION ahead.{name}() RETURNS timestamptz LANGUAGE sql AS"
+            f" $$SELECT pg_catalog.{name}() + interval '60 days'$$"
+        )
+    database.execute("GRANT USAGE ON SCHEMA ahead TO cdr_api")
+    path = "ALTER ROLE cdr_api IN DATABASE {} {} search_path"
+    database.execute(path.format(f'"{database.name}"', "SET") + " = ahead, pg_catalog, public")
+    database.close()
+    other = Poller(database.client(poller.client.token), "")
+    other.place = poller.place
+    other.poll()
+    through = datetime.fromisoformat(other.headers["X-Complete-Through"])
+    assert through < datetime.now(UTC) + timedelta(minutes=1)
+    database.execute(path.format(f'"{database.name}"', "RESET"))
+    database.close()
+    late = [database.insert_call(end_stamp=days_ago(days)) for days in (1, 10, 20, 30, 40)]
+    last = Poller(database.client(poller.client.token), "")
+    last.place = other.place
+    assert sorted(last.poll()) == sorted(late)
+
+
+# Domains ------------------------------------------------------------------------
+
+
+def test_what_becomes_of_domains_ends_no_cursor(database: Database, client: Client) -> None:
+    poller, everything = (
+        Poller(client, days_ago(30)),
+        Poller(database.client(database.account(all_domains=True)), "2026"),
+    )
+    everything.place = {"from": days_ago(30)}
+    poller.poll()
+    everything.poll()
+    alpha = str(database.execute("SELECT domain_uuid FROM v_domains WHERE domain_name = %s", [ALPHA])[0][0])
+    named = Poller(client, days_ago(30), domain_uuid=alpha)
+    named.poll()
+    database.execute("UPDATE v_domains SET domain_name = 'new.example.com' WHERE domain_name = %s", [ALPHA])
+    database.execute("DELETE FROM v_domains WHERE domain_name = %s", [BETA])
+    call = database.insert_call(domain_uuid=alpha, domain_name=ALPHA, end_stamp=days_ago(1))
+    assert poller.poll() == named.poll() == everything.poll() == [call]
+
+
+def test_a_name_given_to_older_calls_without_uuid_is_told(database: Database, client: Client) -> None:
+    """They belong to the domain now, and were stored before the cursor."""
+    database.insert_call(domain_uuid=None, domain_name="new.example.com", end_stamp=days_ago(1))
+    poller = Poller(client, days_ago(30))
+    poller.poll()
+    database.execute("UPDATE v_domains SET domain_name = 'other.example.com' WHERE domain_name = %s", [BETA])
+    assert poller.poll() == []
+    database.execute("UPDATE v_domains SET domain_name = 'new.example.com' WHERE domain_name = %s", [ALPHA])
+    assert "name of older calls" in poller.refused()
+
+
+# Rows that nobody may see ---------------------------------------------------------
+
+ROUTES: list[tuple[str, dict[str, str]]] = [
+    ("/api/calls", {"domain_name": ALPHA}),
+    ("/api/calls", {"domain_name": ALPHA, "limit": "1"}),
+    ("/api/call_range", {"domain_name": ALPHA, "from": "2026-02-03", "to": "2026-02-03"}),
+    ("/api/call_feed", {"from": "2026-02-03"}),
+    ("/api/call_totals", {"from": "2026-02-03", "to": "2026-02-03"}),
+    ("/api/concurrent_calls_by_domain", {"date": "2026-02-03"}),
+    ("/api/active_calls_by_domain", {"date": "2026-02-03"}),
+]
+
+
+@pytest.mark.parametrize("policy", [None, "USING (true)", "USING (billsec > 100)"])
+def test_a_policy_that_may_hide_rows_is_an_error(database: Database, client: Client, policy: str | None) -> None:
+    database.insert_call()
+    database.execute("ALTER TABLE v_xml_cdr ENABLE ROW LEVEL SECURITY")
+    if policy:
+        database.execute(f"CREATE POLICY hidden ON v_xml_cdr {policy}")
+    for path, parameters in ROUTES:
+        response = client.get(path, **parameters)
+        assert response.status_code == 503, path
+        assert "row-level security" in problem(response)["message"]
+    assert client.post("/api/call_lookup", json={"xml_cdr_uuid": [days_uuid()]}).status_code == 503
+    assert check(client.app)[1]["row security"].startswith("✗ row security       a policy may hide rows of v_xml_cdr")
+
+
+def days_uuid() -> str:
+    return "00000000-0000-4000-8000-000000000001"
+
+
+def test_a_policy_of_the_domains_is_an_error_too(database: Database, client: Client) -> None:
+    database.execute("ALTER TABLE v_domains ENABLE ROW LEVEL SECURITY")
+    database.close()  # a new session has the role's settings
+    for path, parameters in ROUTES:
+        assert Client(database.app(), client.token).get(path, **parameters).status_code == 503
+    assert check(client.app)[1]["row security"].startswith("✗ row security       a policy may hide rows of v_domains")
+
+
+# Tables ---------------------------------------------------------------------------
+
+Change = Callable[[Database], None]
+
+
+def as_view(database: Database) -> None:
+    database.execute("ALTER TABLE v_xml_cdr RENAME TO real")
+    database.execute("CREATE VIEW v_xml_cdr AS SELECT * FROM real")
+
+
+def as_materialized_view(database: Database) -> None:
+    database.execute("ALTER TABLE v_xml_cdr RENAME TO real")
+    database.execute("CREATE MATERIALIZED VIEW v_xml_cdr AS SELECT * FROM real")
+
+
+def as_distributed(database: Database) -> None:
+    """As Citus lists what it distributes."""
+    database.execute("CREATE TABLE pg_dist_partition (logicalrelid regclass)")
+    database.execute("INSERT INTO pg_dist_partition VALUES ('v_xml_cdr')")
+    database.execute("GRANT SELECT ON pg_dist_partition TO cdr_api")
+
+
+def as_child(database: Database) -> None:
+    """With a partition that is a view's like: a foreign table, which nobody needs to reach to be told."""
+    database.execute("CREATE FOREIGN DATA WRAPPER nowhere")
+    database.execute("CREATE SERVER elsewhere FOREIGN DATA WRAPPER nowhere")
+    database.execute("CREATE FOREIGN TABLE remote () INHERITS (v_xml_cdr) SERVER elsewhere")
+    database.execute("GRANT SELECT ON remote TO cdr_api")
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (as_view, "a view"),
+        (as_materialized_view, "a materialized view"),
+        (as_distributed, "a distributed table"),
+        (as_child, "a foreign table"),
+    ],
+)
+def test_where_a_row_does_not_tell_who_wrote_it_the_feed_is_refused(
+    make_database: DatabaseMaker, change: Change, kind: str
+) -> None:
+    database = make_database(calls=300, index=True)
+    client = database.client(database.account(ALPHA))
+    every = {"domain_name": ALPHA, "from": "2026-01-01", "to": "2026-12-31"}
+    rest = [(path, every) for path in ("/api/call_range", "/api/call_totals")]
+    rest += [("/api/calls", {"domain_name": ALPHA}), ("/api/concurrent_calls_by_domain", {"date": "2026-11-02"})]
+    before = [client.get(path, **parameters).data for path, parameters in rest]
+    assert all(len(text) > 50 for text in before)
+    change(database)
+    database.execute("GRANT SELECT ON v_xml_cdr TO cdr_api")
+    database.close()
+    client = database.client(client.token)
+    response = client.get("/api/call_feed", **{"from": "2026-01-01"})
+    assert response.status_code == 409
+    assert kind in problem(response)["message"]
+    assert kind in check(client.app)[1]["tables"]
+    assert check(client.app)[1]["tables"].startswith("✗")
+    if change is not as_child:  # whose server is not there
+        assert [client.get(path, **parameters).data for path, parameters in rest] == before
+
+
+PARTITIONED = """
+    ALTER TABLE v_xml_cdr RENAME TO plain;
+    CREATE TABLE v_xml_cdr (LIKE plain) PARTITION BY RANGE (end_stamp);
+    ALTER TABLE v_xml_cdr ADD PRIMARY KEY (xml_cdr_uuid, end_stamp);
+    CREATE TABLE february PARTITION OF v_xml_cdr FOR VALUES FROM ('2026-02-01') TO ('2026-03-01');
+    GRANT SELECT ON v_xml_cdr TO cdr_api;
+"""
+
+
+@pytest.fixture
+def partitioned(make_database: DatabaseMaker) -> Database:
+    database = make_database()
+    database.execute(PARTITIONED)
+    return database
+
+
+def test_a_new_partition_ends_no_cursor_and_one_with_older_calls_does(partitioned: Database) -> None:
+    database = partitioned
+    poller = Poller(database.client(database.account(ALPHA)), "2026-01-01")
+    first = database.insert_call()
+    assert poller.poll() == [first]
+    database.execute("CREATE TABLE march PARTITION OF v_xml_cdr FOR VALUES FROM ('2026-03-01') TO ('2026-04-01')")
+    second = database.insert_call(end_stamp="2026-03-03 10:00:00+00")
+    assert poller.poll() == [second]
+    database.execute("CREATE TABLE april (LIKE v_xml_cdr INCLUDING ALL)")
+    database.execute(
+        "INSERT INTO april (xml_cdr_uuid, domain_name, end_stamp) VALUES (gen_random_uuid(), %s, '2026-04-04')", [ALPHA]
+    )
+    assert poller.poll() == []
+    database.execute("ALTER TABLE v_xml_cdr ATTACH PARTITION april FOR VALUES FROM ('2026-04-01') TO ('2026-05-01')")
+    assert "older calls" in poller.refused()
+    anew = Poller(poller.client, "2026-01-01")
+    assert len(anew.poll()) == 3
+    database.execute("ALTER TABLE v_xml_cdr DETACH PARTITION february")  # an old month goes to the archive
+    assert anew.poll() == []
+    assert check(poller.client.app)[1]["tables"] == "✓ tables             v_xml_cdr is a plain table of 2 partitions"
+
+
+def test_a_table_that_takes_the_place_of_another_is_told_if_it_has_older_calls(database: Database) -> None:
+    poller = Poller(database.client(database.account(ALPHA)), "2026-01-01")
+    calls = [database.insert_call() for _ in range(3)]
+    assert sorted(poller.poll()) == sorted(calls)
+    swap = "BEGIN; ALTER TABLE v_xml_cdr RENAME TO before; {}; GRANT SELECT ON v_xml_cdr TO cdr_api; COMMIT"
+    database.execute(swap.format("CREATE TABLE v_xml_cdr (LIKE before INCLUDING ALL)"))
+    database.execute("INSERT INTO v_xml_cdr SELECT * FROM before")  # as a restored dump does
+    assert sorted(poller.poll()) == sorted(calls)  # each is another row
+    database.execute("ALTER TABLE v_xml_cdr RENAME TO after; ALTER TABLE before RENAME TO v_xml_cdr")
+    assert "older calls" in poller.refused()
