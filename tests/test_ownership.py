@@ -1,220 +1,371 @@
-"""Whose a call is: the domain of its domain_uuid, on every route; of one without a uuid, the domain of its name."""
+"""Whose a call is: its domain_uuid decides, whatever name is stored beside it, on every route that tells of calls."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
+from flask import Flask
 
+import demo
 from tests.conftest import Client, Database, DatabaseMaker, problem
 
-ALPHA, BETA = "alpha.example.com", "beta.example.com"
-UNKNOWN = "99999999-0000-4000-8000-000000000000"
-DAY = {"from": "2026-02-03", "to": "2026-02-03"}
+A, B, C = (f"{letter}0000000-0000-4000-8000-000000000001" for letter in "abc")
+T1, T2 = "d1000000-0000-4000-8000-000000000001", "d2000000-0000-4000-8000-000000000001"
+X = "e0000000-0000-4000-8000-000000000001"  # of a domain that was deleted
+NEVER = "f0000000-0000-4000-8000-000000000001"  # of no domain and of no call
+DOMAINS = {
+    A: "alpha.example.com",
+    B: "beta.example.com",
+    C: "Capital.Example.com",
+    T1: "twin.example.com",
+    T2: "twin.example.com",
+}
+# The domain that a call belongs to, by its uuid; what is stored as its domain_uuid and as its domain_name.
+SHAPES = (
+    (A, A, "alpha.example.com"),
+    (A, A, "203.0.113.5"),
+    (A, A, "old.example.com"),
+    (A, A, "Alpha.Example.com"),
+    (A, A, "alpha.example.com "),
+    (A, A, None),
+    (A, A, ""),
+    (A, A, "beta.example.com"),
+    (A, None, "alpha.example.com"),
+    (B, B, "beta.example.com"),
+    (B, B, "alpha.example.com"),
+    (B, None, "beta.example.com"),
+    (C, C, "capital.example.com"),
+    (C, None, "Capital.Example.com"),
+    (T1, T1, "twin.example.com"),
+    (T2, T2, "twin.example.com"),
+    (T2, T2, None),
+    (None, None, "twin.example.com"),
+    (None, None, "capital.example.com"),
+    (None, None, "ALPHA.example.com"),
+    (None, None, "alpha.example.com "),
+    (None, None, " alpha.example.com"),
+    (None, None, "gone.example.com"),
+    (None, None, ""),
+    (None, None, None),
+    (None, X, "alpha.example.com"),
+    (None, X, "gone.example.com"),
+    (None, X, None),
+)
+READERS: dict[str, set[str]] = {
+    "alpha": {A},
+    "beta": {B},
+    "alpha and beta": {A, B},
+    "capital": {C},
+    "one twin": {T1},
+    "both twins": {T1, T2},
+    "a deleted domain": {X},
+    "nothing": set(),
+}
+WIDE = {"from": "2026-01-01", "to": "2026-12-31"}
+DAY = {"date": "2026-02-03", "resolution": "60"}
+# Every route that takes a domain, and what else it needs.
+ROUTES: dict[str, dict[str, str]] = {
+    "/api/calls": {},
+    "/api/call_range": WIDE,
+    "/api/call_feed": {"from": "2026-01-01"},
+    "/api/call_totals": WIDE,
+    "/api/concurrent_calls_by_domain": DAY,
+    "/api/active_calls_by_domain": DAY,
+}
+LISTS = ("/api/calls", "/api/call_range", "/api/call_feed")
 
 
-def uuid_of(database: Database, name: str) -> str:
-    return str(database.execute("SELECT domain_uuid FROM v_domains WHERE domain_name = %s", [name])[0][0])
+def set_domains(database: Database) -> None:
+    database.execute("DELETE FROM v_domains")
+    for uuid, name in DOMAINS.items():
+        database.execute("INSERT INTO v_domains (domain_uuid, domain_name) VALUES (%s, %s)", [uuid, name])
 
 
-def read_everywhere(client: Client, uuids: list[str], **domain: str) -> dict[str, Any]:
-    """What each route gives of the calls of 2026-02-03: their uuids, or how many."""
-    found: dict[str, Any] = {}
-    for path, parameters in (("calls", {}), ("call_range", DAY), ("call_feed", {"from": "2026-02-03"})):
-        if path != "call_feed" and not domain:
-            continue
-        response = client.get(f"/api/{path}", fields="xml_cdr_uuid", **parameters, **domain)
-        assert response.status_code == 200, response.text
-        found[path] = sorted(call["xml_cdr_uuid"] for call in response.get_json())
-    (total,) = client.get("/api/call_totals", **DAY, **domain).get_json()
-    found["call_totals"] = total["calls"]
-    activity = client.get("/api/active_calls_by_domain", date="2026-02-03", resolution="60", **domain).get_json()
-    found["active_calls_by_domain"] = sum(row["total"] for row in activity)
-    peaks = client.get("/api/concurrent_calls_by_domain", date="2026-02-03", resolution="60", **domain).get_json()
-    found["concurrent_calls_by_domain"] = sum(row["active_calls"] for row in peaks)
-    if not domain:
-        body = client.post("/api/call_lookup", json={"xml_cdr_uuid": uuids}).get_json()
-        found["call_lookup"] = sorted(call["xml_cdr_uuid"] for call in body["calls"])
+def add_shapes(database: Database) -> dict[str, Shape]:
+    """A call of each shape; the sum of their billsec tells which of them were counted."""
+    return {
+        database.insert_call(
+            domain_uuid=uuid,
+            domain_name=name,
+            start_stamp="2026-02-03 12:00:00+00",
+            end_stamp=f"2026-02-03 12:01:{number:02}+00",
+            billsec=2**number,
+            direction="inbound",
+        ): Shape(owner, uuid, name, 2**number)
+        for number, (owner, uuid, name) in enumerate(SHAPES)
+    }
+
+
+def granted(database: Database, *uuids: str) -> str:
+    """A token of a new account with grants as they are stored: also of one of two domains with the same name."""
+    email = f"granted{next(database.numbers)}@example.com"
+    token = database.account(email=email)
+    for uuid in uuids:
+        grant = "INSERT INTO cdr_api.grants SELECT account_id, %s FROM cdr_api.accounts WHERE email = %s"
+        database.execute(grant, [uuid, email])
+    return token
+
+
+@dataclass(frozen=True)
+class Shape:
+    owner: str | None
+    uuid: str | None
+    name: str | None
+    billsec: int
+
+
+@dataclass
+class World:
+    app: Flask
+    database: Database
+    calls: dict[str, Shape]
+    undated: str  # a call of alpha without an end, stored with an IP address as its name
+    clients: dict[str, Client]
+
+    def of(self, owners: set[str] | None) -> set[str]:
+        """The calls with an end of some domains; of everybody and nobody (None)."""
+        return {uuid for uuid, call in self.calls.items() if owners is None or call.owner in owners}
+
+    def seconds(self, owners: set[str] | None) -> int:
+        return sum(self.calls[uuid].billsec for uuid in self.of(owners))
+
+
+@pytest.fixture(scope="module", params=["4.2.2", "5.0.1", demo.NEWEST])
+def world(make_database: DatabaseMaker, request: pytest.FixtureRequest) -> World:
+    database = make_database(request.param)
+    set_domains(database)
+    calls = add_shapes(database)
+    undated = database.insert_call(domain_uuid=A, domain_name="203.0.113.5", end_stamp=None, billsec=0)
+    app = database.app()
+    clients = {who: Client(app, granted(database, *uuids)) for who, uuids in READERS.items()}
+    clients["all"] = Client(app, database.account(all_domains=True))
+    return World(app, database, calls, undated, clients)
+
+
+def uuids_of(client: Client, path: str, **parameters: str) -> set[str]:
+    response = client.get(path, **parameters)
+    assert response.status_code == 200, response.text
+    found = [call["xml_cdr_uuid"] for call in json.loads(response.data)]
+    assert len(found) == len(set(found))
+    return set(found)
+
+
+def answer(client: Client, path: str, **parameters: str) -> list[dict[str, Any]]:
+    response = client.get(path, **parameters)
+    assert response.status_code == 200, response.text
+    found: list[dict[str, Any]] = json.loads(response.data)
     return found
 
 
-def expected(uuids: list[str], *, named: bool) -> dict[str, Any]:
-    """The same where just these calls are read. They last for a minute, one after the other, in one hour."""
-    lists = ("calls", "call_range", "call_feed") if named else ("call_feed", "call_lookup")
-    counts = {"call_totals": len(uuids), "active_calls_by_domain": len(uuids)}
-    return {**dict.fromkeys(lists, sorted(uuids)), **counts, "concurrent_calls_by_domain": min(len(uuids), 1)}
+def readers(world: World) -> Iterator[tuple[Client, set[str] | None]]:
+    for who, client in world.clients.items():
+        yield client, READERS.get(who)
 
 
-class Stored:
-    """Stores calls of a minute, one after the other, that end from 10:02 on."""
-
-    def __init__(self, database: Database) -> None:
-        self.database = database
-        self.minute = 0
-
-    def call(self, domain_uuid: str | None, domain_name: str | None, **more: Any) -> str:
-        self.minute += 2
-        times = {"start_stamp": f"2026-02-03 10:{self.minute - 1:02}:00+00"}
-        times["end_stamp"] = f"2026-02-03 10:{self.minute:02}:00+00"
-        return self.database.insert_call(domain_uuid=domain_uuid, domain_name=domain_name, **times, **more)
+# Without a domain: the calls of the account's domains; of everything for who reads everything
 
 
-@pytest.fixture(params=[True, False], ids=["index", "no index"])
-def database(make_database: DatabaseMaker, request: pytest.FixtureRequest) -> Database:
-    return make_database(index=request.param)
+def test_the_feed_brings_the_calls_of_the_granted_domains_and_everything_to_who_reads_everything(world: World) -> None:
+    for client, owners in readers(world):
+        undated = {world.undated} if owners is None or A in owners else set()
+        assert uuids_of(client, "/api/call_feed", **{"from": "2026-01-01"}) == world.of(owners) | undated
 
 
-def test_the_uuid_decides_whatever_name_the_importer_found(database: Database) -> None:
-    stored, alpha, beta = Stored(database), uuid_of(database, ALPHA), uuid_of(database, BETA)
-    names = [ALPHA, "203.0.113.5", "old.example.com", "Alpha.Example.com", f"{ALPHA} ", None, BETA]
-    ours = [stored.call(alpha, name) for name in names]
-    ours.append(stored.call(None, ALPHA))
-    foreign = [stored.call(beta, ALPHA), stored.call(None, BETA), stored.call(None, f"{ALPHA} ")]
-    nobody = [stored.call(UNKNOWN, ALPHA), stored.call(None, "gone.example.com"), stored.call(None, None)]
-    every = ours + foreign + nobody
-    client = database.client(database.account(ALPHA))
-    for domain in ({"domain_name": ALPHA}, {"domain_uuid": alpha}):
-        assert read_everywhere(client, every, **domain) == expected(ours, named=True)
-    assert read_everywhere(client, every) == expected(ours, named=False)
-    # The answer shows the domain's name, and of every other field what is stored.
-    shown = client.calls(fields="domain_name,domain_uuid")
-    assert [call["domain_name"] for call in shown] == [ALPHA] * len(ours)
-    assert [call["domain_uuid"] for call in shown] == [alpha] * len(names) + [None]
+def test_totals_count_the_calls_of_the_granted_domains(world: World) -> None:
+    for client, owners in readers(world):
+        for by in ("end", "start"):
+            (total,) = answer(client, "/api/call_totals", **WIDE, by=by)
+            assert (total["calls"], total["billsec"]) == (len(world.of(owners)), world.seconds(owners))
 
 
-def test_calls_of_no_domain_are_for_accounts_that_read_everything(database: Database) -> None:
-    stored, alpha = Stored(database), uuid_of(database, ALPHA)
-    ours = [stored.call(alpha, "203.0.113.5"), stored.call(None, ALPHA)]
-    nobody = [stored.call(UNKNOWN, ALPHA, billsec=7), stored.call(None, "gone.example.com"), stored.call(None, None)]
-    everything = database.client(database.account(all_domains=True))
-    found = read_everywhere(everything, ours + nobody)
-    assert found["call_feed"] == found["call_lookup"] == sorted(ours + nobody)
-    assert found["call_totals"] == 5
-    assert read_everywhere(everything, ours + nobody, domain_name=ALPHA) == expected(ours, named=True)
-    assert everything.get("/api/calls", domain_uuid=UNKNOWN).status_code == 404
-    groups = everything.get("/api/call_totals", group_by="domain_name", **DAY).get_json()
-    assert {(row["domain_name"], row["calls"]) for row in groups} == {(ALPHA, 3), ("gone.example.com", 1), (None, 1)}
-    groups = everything.get("/api/call_totals", group_by="domain_uuid", **DAY).get_json()
-    assert {(row["domain_uuid"], row["calls"], row["billsec"]) for row in groups} == {
-        (alpha, 1, 1),
-        (UNKNOWN, 1, 7),
-        (None, 3, 3),
-    }
-    peaks = everything.get("/api/concurrent_calls_by_domain", date="2026-02-03", resolution="60").get_json()
-    assert {row["domain_name"] for row in peaks} >= {ALPHA, "gone.example.com", None}
-    for name in ("gone.example.com", None):
-        assert [row["active_calls"] for row in peaks if row["domain_name"] == name].count(1) == 1
+def test_totals_over_everything_equal_the_table(world: World) -> None:
+    """However they are grouped: a carrier's invoice counts the calls of no domain too."""
+    where = "WHERE end_stamp IS NOT NULL"
+    stored = world.database.execute(f"SELECT count(*), sum(billsec)::bigint FROM v_xml_cdr {where}")[0]
+    for group_by in ("domain_uuid", "domain_name", "domain_name,domain_uuid", "domain_uuid,day"):
+        rows = answer(world.clients["all"], "/api/call_totals", **WIDE, group_by=group_by)
+        assert (sum(row["calls"] for row in rows), sum(row["billsec"] for row in rows)) == tuple(stored)
 
 
-def test_a_call_without_uuid_belongs_to_no_domain_where_two_bear_its_name(database: Database) -> None:
-    stored, alpha, beta = Stored(database), uuid_of(database, ALPHA), uuid_of(database, BETA)
-    database.execute("UPDATE v_domains SET domain_name = %s WHERE domain_uuid = %s", [ALPHA, beta])
-    first, second, nobody = stored.call(alpha, ALPHA), stored.call(beta, ALPHA), stored.call(None, ALPHA)
-    both = database.client(database.account(ALPHA))
-    every = [first, second, nobody]
-    assert read_everywhere(both, every, domain_uuid=alpha) == expected([first], named=True)
-    found = read_everywhere(both, every, domain_name=ALPHA)
-    assert (found["calls"], found["call_totals"]) == (sorted([first, second]), 2)
-    assert read_everywhere(both, every)["call_lookup"] == sorted([first, second])
-    everything = database.client(database.account(all_domains=True))
-    assert read_everywhere(everything, every)["call_totals"] == 3
+@pytest.mark.parametrize("group_by", ["domain_uuid", "domain_name", "domain_name,domain_uuid"])
+def test_totals_group_by_what_the_calls_of_the_feed_say(world: World, group_by: str) -> None:
+    """So that a ledger made from the feed can be compared with them."""
+    keys = group_by.split(",")
+    for client, _ in readers(world):
+        ledger: Counter[tuple[Any, ...]] = Counter()
+        for call in answer(client, "/api/call_feed", **{"from": "2026-01-01"}):
+            if call["end_stamp"]:
+                ledger[tuple(call[key] for key in keys)] += call["billsec"]
+        rows = answer(client, "/api/call_totals", **WIDE, group_by=group_by)
+        assert {tuple(row[key] for key in keys): row["billsec"] for row in rows} == ledger
 
 
-def test_a_rename_changes_the_name_and_loses_nothing(database: Database) -> None:
-    stored, alpha = Stored(database), uuid_of(database, ALPHA)
-    client = database.client(database.account(ALPHA))
-    calls = [stored.call(alpha, ALPHA)]
-    poll = client.get("/api/call_feed", domain_uuid=alpha, **{"from": "2026-02-03"})
-    database.execute("UPDATE v_domains SET domain_name = 'new.example.com' WHERE domain_uuid = %s", [alpha])
-    calls.append(stored.call(alpha, ALPHA))  # a call that was under way keeps the old name
-    late = client.get("/api/call_feed", domain_uuid=alpha, cursor=poll.headers["X-Next-Cursor"])
-    assert [call["xml_cdr_uuid"] for call in late.get_json()] == [calls[1]]
-    for domain in ({"domain_name": "new.example.com"}, {"domain_uuid": alpha}):
-        assert read_everywhere(client, calls, **domain) == expected(calls, named=True)
-    assert client.get("/api/calls", domain_name=ALPHA).status_code == 403
-    assert {call["domain_name"] for call in client.calls(domain_name="new.example.com")} == {"new.example.com"}
+def test_lookup_finds_the_calls_of_the_granted_domains(world: World) -> None:
+    asked = [*sorted(world.calls), world.undated]
+    for client, owners in readers(world):
+        mine = world.of(owners) | ({world.undated} if owners is None or A in owners else set())
+        found = client.post("/api/call_lookup", json={"xml_cdr_uuid": asked}).get_json()
+        assert {call["xml_cdr_uuid"] for call in found["calls"]} == mine
+        assert found["not_found"] == [uuid for uuid in asked if uuid not in mine]
 
 
-def test_who_takes_a_freed_name_gets_none_of_its_calls(database: Database) -> None:
-    stored, old = Stored(database), uuid_of(database, ALPHA)
-    for _ in range(3):
-        stored.call(old, ALPHA)
-    database.execute("DELETE FROM v_domains WHERE domain_uuid = %s", [old])
-    database.execute("INSERT INTO v_domains (domain_uuid, domain_name) VALUES (gen_random_uuid(), %s)", [ALPHA])
-    own = stored.call(uuid_of(database, ALPHA), ALPHA)
-    client = database.client(database.account(ALPHA))
-    assert read_everywhere(client, [own], domain_name=ALPHA) == expected([own], named=True)
+def test_peaks_and_activity_count_the_calls_of_the_granted_domains(world: World) -> None:
+    """All calls are up at 12:00:30. Those of no domain count under the name that they are stored with."""
+    for client, owners in readers(world):
+        for path, name, count in (("concurrent", "domain_name", "active_calls"), ("active", "domain", "total")):
+            rows = answer(client, f"/api/{path}_calls_by_domain", **DAY)
+            found: Counter[str | None] = Counter()
+            for row in rows:
+                if row["start_interval"].startswith("2026-02-03T12:00:00"):
+                    found[row[name]] += row[count]
+            expected: Counter[str | None] = Counter()
+            for uuid in world.of(owners):
+                call = world.calls[uuid]
+                expected[DOMAINS[call.owner] if call.owner else call.name] += 1
+            assert +found == expected
+            assert sum(row[count] for row in rows) == len(world.of(owners))
 
 
-@pytest.mark.parametrize("domains", ["stale", "none"])
-def test_an_archive_is_read_by_the_domains_beside_the_accounts(make_database: DatabaseMaker, domains: str) -> None:
-    """FusionPBX's archive keeps the names of the day when a call was copied, and need not have v_domains."""
-    database, archive = make_database(), make_database(index=True)
-    alpha = uuid_of(database, ALPHA)
-    stored = Stored(archive)
-    calls = [stored.call(alpha, ALPHA), stored.call(None, ALPHA)]
-    if domains == "none":
-        archive.execute("DROP TABLE v_domains")
-    client = database.client(database.account(ALPHA), database.app(CDR_API_CALLS_DSN=archive.dsn))
-    assert read_everywhere(client, calls, domain_name=ALPHA) == expected(calls, named=True)
-    database.execute("UPDATE v_domains SET domain_name = 'new.example.com' WHERE domain_uuid = %s", [alpha])
-    found = read_everywhere(client, calls, domain_name="new.example.com")
-    assert found["call_range"] == [calls[0]]  # the other one names a domain that is no more
-    assert client.calls(domain_name="new.example.com", fields="domain_name") == [{"domain_name": "new.example.com"}]
+def test_an_answer_shows_the_present_name_of_the_domain_and_the_stored_text_where_there_is_none(world: World) -> None:
+    for call in answer(world.clients["all"], "/api/call_feed", **{"from": "2026-01-01"}):
+        if call["xml_cdr_uuid"] != world.undated:
+            shape = world.calls[call["xml_cdr_uuid"]]
+            assert call["domain_name"] == (DOMAINS[shape.owner] if shape.owner else shape.name), shape
+            assert call["domain_uuid"] == shape.uuid, shape
 
 
-WITH_A_DOMAIN: dict[str, dict[str, str]] = {
-    "calls": {},
-    "call_range": DAY,
-    "call_feed": {"from": "2026-02-03"},
-    "call_totals": DAY,
-    "concurrent_calls_by_domain": {"date": "2026-02-03"},
-    "active_calls_by_domain": {"date": "2026-02-03"},
-}
+# With a domain ----------------------------------------------------------------
+
+WHOSE = [("alpha", A), ("beta", B), ("alpha and beta", B), ("capital", C), ("all", A), ("all", C)]
 
 
-@pytest.mark.parametrize("path", WITH_A_DOMAIN)
-def test_a_uuid_tells_no_more_than_a_name(database: Database, path: str) -> None:
-    client = database.client(database.account(ALPHA))
-    alpha, beta = uuid_of(database, ALPHA), uuid_of(database, BETA)
-    asked = [{"domain_name": BETA}, {"domain_name": "nowhere"}, {"domain_uuid": beta}, {"domain_uuid": UNKNOWN}]
-    refused = [
-        client.send(
-            "GET", f"/api/{path}", query_string={**WITH_A_DOMAIN[path], **domain}, headers={"X-Request-ID": "1"}
-        )
-        for domain in asked
+@pytest.mark.parametrize(("who", "uuid"), WHOSE)
+@pytest.mark.parametrize("path", LISTS)
+def test_a_domain_has_the_calls_with_its_uuid_by_name_and_by_uuid(world: World, path: str, who: str, uuid: str) -> None:
+    expected = world.of({uuid}) | ({world.undated} if uuid == A and path != "/api/call_range" else set())
+    for given in ({"domain_name": DOMAINS[uuid]}, {"domain_uuid": uuid}, {"domain_uuid": f"{{{uuid.upper()}}}"}):
+        parameters = ROUTES[path] | given
+        assert uuids_of(world.clients[who], path, **parameters) == expected
+        for kind in ("ndjson", "csv"):
+            response = world.clients[who].get(path, **parameters, format=kind)
+            assert response.status_code == 200, response.text
+            lines = response.text.splitlines()[kind == "csv" :]
+            assert {re.search(r"[-0-9a-f]{36}", line)[0] for line in lines} == expected  # type: ignore[index]
+        for call in answer(world.clients[who], path, **parameters, fields="domain_name"):
+            assert call == {"domain_name": DOMAINS[uuid]}
+
+
+@pytest.mark.parametrize(("who", "uuid"), WHOSE)
+def test_counts_of_a_domain_are_those_of_its_calls_by_name_and_by_uuid(world: World, who: str, uuid: str) -> None:
+    client = world.clients[who]
+    for given in ({"domain_name": DOMAINS[uuid]}, {"domain_uuid": uuid}):
+        (total,) = answer(client, "/api/call_totals", **WIDE, **given)
+        assert (total["calls"], total["billsec"]) == (len(world.of({uuid})), world.seconds({uuid}))
+        for kind, name, count in (("concurrent", "domain_name", "active_calls"), ("active", "domain", "total")):
+            rows = answer(client, f"/api/{kind}_calls_by_domain", **DAY, **given)
+            assert {row[name] for row in rows} == {DOMAINS[uuid]}
+            assert [row[count] for row in rows] == [0] * 12 + [len(world.of({uuid}))] + [0] * 11
+
+
+@pytest.mark.parametrize("path", ["/api/calls", "/api/call_range"])
+@pytest.mark.parametrize("given", [{"domain_name": DOMAINS[A]}, {"domain_uuid": A}])
+def test_pages_bring_calls_with_and_without_a_uuid_in_one_order(world: World, path: str, given: dict[str, str]) -> None:
+    client = world.clients["alpha"]
+    found: list[str] = []
+    parameters = ROUTES[path] | given | {"limit": "2"}
+    while True:
+        page = client.get(path, **parameters)
+        found += [call["xml_cdr_uuid"] for call in page.get_json()]
+        if "Link" not in page.headers:
+            break
+        parameters = dict(parse_qsl(urlsplit(page.headers["Link"].partition("<")[2].partition(">")[0]).query))
+        assert parameters.items() >= given.items()
+    expected = sorted(world.of({A}), key=lambda uuid: world.calls[uuid].billsec)  # in the order of their ends
+    assert found == expected + ([world.undated] if path == "/api/calls" else [])
+
+
+def test_two_domains_of_one_name_are_told_apart_by_uuid_and_the_name_takes_both_grants(world: World) -> None:
+    one, both, everything = (world.clients[who] for who in ("one twin", "both twins", "all"))
+    for path in LISTS:
+        assert uuids_of(one, path, **ROUTES[path], domain_uuid=T1) == world.of({T1})
+        assert one.get(path, **ROUTES[path], domain_uuid=T2).status_code == 403
+        assert one.get(path, **ROUTES[path], domain_name=DOMAINS[T1]).status_code == 403
+        for client in (both, everything):
+            assert uuids_of(client, path, **ROUTES[path], domain_uuid=T2) == world.of({T2})
+            # A call without a uuid that bears the name is nobody's: nothing tells whose.
+            assert uuids_of(client, path, **ROUTES[path], domain_name=DOMAINS[T1]) == world.of({T1, T2})
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_every_domain_that_is_not_ours_is_refused_with_the_same_bytes(world: World, path: str) -> None:
+    """Foreign ones, unknown ones, names that differ by blanks or capitals; by name and by uuid."""
+    given = [
+        {"domain_name": name} for name in ("beta.example.com", "no.such.domain", "gone.example.com", "203.0.113.5")
     ]
-    assert {response.status_code for response in refused} == {403}
-    assert len({response.data for response in refused}) == 1
-    for parameters in (
-        {"domain_uuid": "not-a-uuid"},
-        {"domain_uuid": ""},
-        {"domain_uuid": alpha, "domain_name": ALPHA},
-        {"domain_uuid": alpha, "domain_name": BETA},
-    ):
-        response = client.get(f"/api/{path}", **WITH_A_DOMAIN[path], **parameters)
-        assert response.status_code == 422
-        assert list(problem(response)["data"]) == ["domain_uuid"]
-    for written in (alpha.upper(), f"{{{alpha}}}", alpha.replace("-", "")):
-        assert client.get(f"/api/{path}", **WITH_A_DOMAIN[path], domain_uuid=written).status_code == 200
+    given += [{"domain_name": name} for name in ("ALPHA.example.com", "alpha.example.com ", " alpha.example.com", "*")]
+    given += [{"domain_uuid": uuid} for uuid in (B, T1, X, NEVER)]
+    for who in ("alpha", "nothing"):
+        answers = [
+            world.clients[who].send("GET", path, query_string=ROUTES[path] | one, headers={"X-Request-ID": "1"})
+            for one in given
+        ]
+        assert {(found.status_code, found.data, str(found.headers)) for found in answers} == {
+            (403, answers[0].data, str(answers[0].headers))
+        }
+        problem(answers[0])
 
 
-def test_links_of_pages_by_uuid_go_on(make_database: DatabaseMaker) -> None:
-    database = make_database(calls=300, index=True)
-    alpha = uuid_of(database, ALPHA)
-    database.execute("UPDATE v_xml_cdr SET domain_uuid = NULL WHERE right(xml_cdr_uuid::text, 1) IN ('0', '1')")
-    client = database.client(database.account(ALPHA))
-    whole = [call["xml_cdr_uuid"] for call in client.calls(fields="xml_cdr_uuid")]
-    where = f"domain_uuid = '{alpha}' OR domain_uuid IS NULL AND domain_name = '{ALPHA}'"
-    stored = database.execute(
-        f"SELECT xml_cdr_uuid::text FROM v_xml_cdr WHERE {where} ORDER BY end_stamp, xml_cdr_uuid"
-    )
-    assert whole == [row[0] for row in stored]
-    assert len({row[0][-1] for row in stored} & {"0", "1"}) == 2
-    url, pages = f"/api/calls?domain_uuid={alpha}&fields=xml_cdr_uuid&limit=7", []
-    while url:
-        response = client.send("GET", url)
-        pages += [call["xml_cdr_uuid"] for call in json.loads(response.data)]
-        url = response.headers.get("Link", "").partition("<")[2].partition(">")[0]
-    assert pages == whole
+@pytest.mark.parametrize("path", ROUTES)
+def test_our_name_beside_a_uuid_that_is_not_ours_does_not_tell_whether_that_exists(world: World, path: str) -> None:
+    answers = [
+        world.clients["alpha"].send(
+            "GET",
+            path,
+            query_string=ROUTES[path] | {"domain_name": DOMAINS[A], "domain_uuid": uuid},
+            headers={"X-Request-ID": "1"},
+        )
+        for uuid in (B, T1, X, NEVER)
+    ]
+    assert len({(found.status_code, found.data, str(found.headers)) for found in answers}) == 1
+    assert answers[0].status_code in (403, 422)
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_who_reads_everything_is_told_that_a_domain_does_not_exist(world: World, path: str) -> None:
+    """Also where there are calls with its uuid: they belong to no domain."""
+    for given in ({"domain_name": "gone.example.com"}, {"domain_uuid": X}, {"domain_uuid": NEVER}):
+        response = world.clients["all"].get(path, **ROUTES[path], **given)
+        assert response.status_code == 404
+        problem(response)
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_a_name_and_a_uuid_that_disagree_are_refused(world: World, path: str) -> None:
+    for who in ("alpha and beta", "all"):
+        response = world.clients[who].get(path, **ROUTES[path], domain_name=DOMAINS[A], domain_uuid=B)
+        assert response.status_code == 422, response.text
+        assert "domain_uuid" in problem(response)["data"]
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("text", ["", "alpha.example.com", A[:-1], f"{A} ", f"+{A[1:]}", "null"])
+def test_a_domain_uuid_must_be_a_uuid(world: World, path: str, text: str) -> None:
+    response = world.clients["alpha"].get(path, **ROUTES[path], domain_uuid=text)
+    assert response.status_code == 422
+    assert "domain_uuid" in problem(response)["data"]
+
+
+def test_a_domain_must_be_named_once_where_one_is_needed(world: World) -> None:
+    client = world.clients["alpha"]
+    for path in ("/api/calls", "/api/call_range"):
+        assert client.get(path, **ROUTES[path]).status_code == 422
+        twice = client.send("GET", path, query_string=[*ROUTES[path].items(), ("domain_uuid", A), ("domain_uuid", A)])
+        assert twice.status_code == 422
+        assert list(problem(twice)["data"]) == ["domain_uuid"]
