@@ -48,10 +48,18 @@ def service_dsn(server: PostgresServer, database: str) -> str:
     return server.get_uri(database=database).replace("postgres:@", "cdr_api:@", 1)
 
 
-def create_database(server: PostgresServer, name: str, release: str = NEWEST, domains: Sequence[str] = DOMAINS) -> None:
+def create_database(
+    server: PostgresServer,
+    name: str,
+    release: str = NEWEST,
+    domains: Sequence[str] = DOMAINS,
+    *,
+    encoding: str = "",
+) -> None:
     """A database with the tables of a FusionPBX release, its domains, and schema.sql."""
+    other = sql.SQL(" ENCODING {} LOCALE 'C' TEMPLATE template0").format(encoding) if encoding else sql.SQL("")
     with connect(server) as connection:
-        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)) + other)
     with connect(server, name) as connection:
         create_tables(connection, release)
         for domain in domains:

@@ -1,0 +1,324 @@
+"""Values as old releases, other encodings and odd settings store them: each call is delivered, and counts once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import demo
+from tests.commands import check
+from tests.conftest import PASSWORD, Client, Database, DatabaseMaker, problem
+
+ALPHA = "alpha.example.com"
+DAY = {"from": "2026-01-15", "to": "2026-01-15"}
+EVER = {"from": "2026-01-01", "to": "2026-12-31"}
+NOON = 1768478400  # 2026-01-15T12:00:00Z
+
+
+def read(client: Client, path: str = "/api/call_range", **parameters: Any) -> list[dict[str, Any]]:
+    defaults = {"domain_name": ALPHA} | (DAY if path == "/api/call_range" else {})
+    response = client.get(path, **defaults | parameters)
+    assert response.status_code == 200, response.text
+    found: list[dict[str, Any]] = json.loads(response.data)
+    return found
+
+
+# FusionPBX 4.x ------------------------------------------------------------------
+
+TEXTS = ["", " ", "0000-00-00 00:00:00", "N/A", "(null)", "2026-01-15%2012:00:00", str(NOON), "2026-02-30 10:00:00"]
+TEXTS += ["infinity", "2026-13-01", "yesterday", "15.01.2026 12:00", "2026-01-15 25:00:00", "2026-01-15 12:00:00 Mars"]
+
+
+@pytest.mark.parametrize("release", ["4.2.2", "4.4.1"])
+def test_the_epochs_are_the_times_of_4_x_whatever_the_texts_say(make_database: DatabaseMaker, release: str) -> None:
+    database = make_database(release)
+    epochs = {"start_epoch": NOON - 70, "answer_epoch": NOON - 61, "end_epoch": NOON}
+    with_epoch = [database.insert_call(end_stamp=text, start_stamp=None, **epochs) for text in [*TEXTS, None]]
+    without = [database.insert_call(end_stamp=text, start_stamp=None, end_epoch=0) for text in [*TEXTS, None]]
+    readable = [
+        database.insert_call(end_stamp=text, start_stamp=None, end_epoch=None)
+        for text in ("2026-01-15 12:00:00", "2026-01-15T12:00:00.5", "2026-01-15 12:00:00Z", "2026-01-15")
+    ]
+    client = database.client(database.account(ALPHA), database.app(CDR_API_TIMEZONE="Asia/Kolkata"))
+    found = read(client)
+    assert {call["xml_cdr_uuid"] for call in found} == {*with_epoch, *readable}
+    call = next(call for call in found if call["xml_cdr_uuid"] == with_epoch[0])
+    assert (call["start_stamp"], call["answer_stamp"], call["end_stamp"]) == (
+        "2026-01-15T17:28:50+05:30",
+        "2026-01-15T17:28:59+05:30",
+        "2026-01-15T17:30:00+05:30",
+    )
+    every = read(client, "/api/calls")
+    assert [call["xml_cdr_uuid"] for call in every if call["end_stamp"] is None] == sorted(without)
+    assert len(every) == len(with_epoch) + len(without) + len(readable)
+    feed = client.get("/api/call_feed", **{"from": "2026-01-01"}).get_json()
+    assert {call["xml_cdr_uuid"] for call in feed} == {call["xml_cdr_uuid"] for call in every}
+    (total,) = client.get("/api/call_totals", **DAY).get_json()
+    assert total["calls"] == len(with_epoch) + len(readable)
+    pages = client.get("/api/calls", domain_name=ALPHA, limit="5", fields="xml_cdr_uuid")
+    assert len(pages.get_json()) == 5
+    assert "Link" in pages.headers
+
+
+def test_the_doubled_hour_of_4_x_is_two(make_database: DatabaseMaker) -> None:
+    """25 October 2026, when Berlin's clocks go back: the same text twice, and two epochs."""
+    database = make_database("4.2.2")
+    first, second = 1792888200, 1792891800  # 00:30Z and 01:30Z, both 02:30 in Berlin
+    for epoch in (second, first):
+        database.insert_call(end_stamp="2026-10-25 02:30:00", end_epoch=epoch, start_epoch=epoch - 60)
+    client = database.client(database.account(ALPHA), database.app(CDR_API_TIMEZONE="Europe/Berlin"))
+    found = read(client, **{"from": "2026-10-25", "to": "2026-10-25"})
+    assert [call["end_stamp"] for call in found] == ["2026-10-25T02:30:00+02:00", "2026-10-25T02:30:00+01:00"]
+    hours = client.get("/api/call_totals", group_by="hour", **EVER).get_json()
+    assert [row["calls"] for row in hours] == [1, 1]
+
+
+def test_check_compares_stamps_with_epochs(make_database: DatabaseMaker) -> None:
+    database = make_database(calls=300, index=True)
+    assert check(database.app())[1]["stamps"] == (
+        "✓ stamps             of 300 calls all end_stamps are the instants of their end_epochs"
+    )
+    database.execute(
+        "UPDATE v_xml_cdr SET end_stamp = end_stamp + interval '5 hours' WHERE right(xml_cdr_uuid::text, 1) = '0'"
+    )
+    ((moved,),) = database.execute("SELECT count(*) FROM v_xml_cdr WHERE right(xml_cdr_uuid::text, 1) = '0'")
+    line = check(database.app())[1]["stamps"]
+    assert line.startswith(f"! stamps             end_stamp is another instant than end_epoch in {moved} of 300 calls")
+    assert "most by +18000 s" in line
+    old = make_database("4.2.2")
+    old.insert_call(end_stamp="2026-01-15 13:00:00", end_epoch=NOON)
+    line = check(old.app(CDR_API_TIMEZONE="UTC"))[1]["stamps"]
+    assert line.startswith(
+        "! stamps             end_stamp is in another zone than UTC in 1 of 1 calls, most by +3600 s"
+    )
+
+
+# Encodings -----------------------------------------------------------------------
+
+ENCODINGS = {"SQL_ASCII": b"Andr\xe9", "LATIN1": b"Andr\xe9", "WIN1252": b"Andr\x81\xe9", "EUC_JP": b"\xa5\xa2"}
+SHOWN = {"SQL_ASCII": "Andr\ufffd", "LATIN1": "André", "WIN1252": "Andr\ufffdé", "EUC_JP": "ア"}
+
+
+@pytest.fixture(params=ENCODINGS)
+def encoded(server: demo.PostgresServer, request: pytest.FixtureRequest) -> Iterator[Database]:
+    """A database in another encoding, with a call whose caller's name is stored in its own bytes."""
+    encoding = request.param
+    name = f"test_stored_{encoding.lower()}"
+    demo.create_database(server, name, "5.1.0", encoding=encoding)
+    database = Database(server, name, "5.1.0")
+    with database.connect() as connection:
+        connection.execute(demo.INDEX)
+    yield database
+    database.close()
+    with demo.connect(server) as connection:
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.mark.direct("makes databases of other encodings")
+def test_a_byte_that_is_not_text_ends_no_answer(encoded: Database) -> None:
+    encoding = encoded.name.removeprefix("test_stored_").upper()
+    for number in range(5):
+        encoded.insert_call(end_stamp=f"2026-01-15 12:00:0{number}+00", caller_id_name="plain", accountcode="a")
+    name = ENCODINGS[encoding]
+    with encoded.connect() as connection:
+        connection.execute(f"SET client_encoding = '{encoding}'")
+        update = b"UPDATE v_xml_cdr SET caller_id_name = '" + name + b"' WHERE end_stamp = '2026-01-15 12:00:02+00'"
+        connection.execute(update)
+    client = encoded.client(encoded.account(ALPHA))
+    names = ["plain", "plain", SHOWN[encoding], "plain", "plain"]
+    assert [call["caller_id_name"] for call in read(client)] == names  # a short answer
+    assert [call["caller_id_name"] for call in read(client, "/api/calls")] == names
+    assert [call["caller_id_name"] for call in read(client, by="start", **{"from": "1970-01-01"})] == []
+    feed = client.get("/api/call_feed", **{"from": "2026-01-01"})
+    assert [call["caller_id_name"] for call in feed.get_json()] == names
+    assert client.get("/api/call_feed", cursor=feed.headers["X-Next-Cursor"]).get_json() == []
+    for kind in ("ndjson", "csv"):
+        text = client.get("/api/calls", domain_name=ALPHA, format=kind, fields="caller_id_name").data.decode()
+        assert SHOWN[encoding] in text
+    page = client.get("/api/calls", domain_name=ALPHA, limit="3")
+    assert len(page.get_json()) == 3
+    (total,) = client.get("/api/call_totals", **EVER).get_json()
+    assert total["calls"] == 5
+
+
+@pytest.mark.direct("makes databases of other encodings")
+def test_what_the_database_cannot_hold_is_found_nowhere_and_stored_nowhere(encoded: Database) -> None:
+    encoded.insert_call(end_stamp="2026-01-15 12:00:00+00", accountcode="a")
+    client = encoded.client(encoded.account(ALPHA))
+    everything = encoded.client(encoded.account(all_domains=True), client.app)
+    chinese = "中文 😀"
+    assert read(client, accountcode=chinese) == []
+    assert read(client, "/api/calls", caller_id_name=chinese, limit="1") == []
+    assert client.get("/api/call_totals", direction=chinese, **EVER).get_json()[0]["calls"] == 0
+    assert client.get("/api/call_feed", hangup_cause=chinese, **{"from": "2026-01-01"}).get_json() == []
+    assert client.get("/api/calls", domain_name=chinese).status_code == 403
+    assert everything.get("/api/calls", domain_name=chinese).status_code == 404
+    body = {"name": chinese, "email": "a@example.com", "password": PASSWORD, "password_confirmation": PASSWORD}
+    registered = client.post("/api/register", json=body)
+    login = client.post("/api/login", json={"email": f"{chinese}@example.com", "password": PASSWORD})
+    assert login.status_code == 401
+    if encoded.name.endswith("sql_ascii"):  # which holds anything
+        assert registered.get_json()["user"]["name"] == chinese
+        return
+    assert registered.status_code == 422
+    assert list(problem(registered)["data"]) == ["name"]
+
+
+@pytest.mark.direct("makes databases of other encodings")
+def test_check_tells_the_encoding(encoded: Database) -> None:
+    line = check(encoded.app())[1]["text"]
+    if not encoded.name.endswith("sql_ascii"):
+        assert line.startswith("✓ text               the database's encoding is")
+        return
+    assert line.startswith("✓ text               the database's encoding is SQL_ASCII")
+    encoded.insert_call(caller_id_name="plain")
+    encoded.insert_call(caller_id_name="André")
+    with encoded.connect() as connection:
+        connection.execute("SET client_encoding = 'SQL_ASCII'")
+        connection.execute(b"UPDATE v_xml_cdr SET caller_id_name = 'Andr\xe9' WHERE caller_id_name = 'plain'")
+    assert "1 calls hold bytes that are not UTF-8" in check(encoded.app())[1]["text"]
+
+
+# Settings of the database -----------------------------------------------------------
+
+# Each changes how values are written, read or compared; those that we set are set back by nobody.
+SETTINGS = [
+    "DateStyle = 'SQL, DMY'",
+    "DateStyle = 'German'",
+    "DateStyle = 'Postgres, MDY'",
+    "IntervalStyle = 'sql_standard'",
+    "TimeZone = 'America/Caracas'",
+    "extra_float_digits = -15",
+    "bytea_output = 'escape'",
+    "xmloption = 'document'",
+    "standard_conforming_strings = off",
+    "backslash_quote = off",
+    "transform_null_equals = on",
+    "quote_all_identifiers = on",
+    "array_nulls = off",
+    "lc_numeric = 'C'",
+    "default_transaction_isolation = 'serializable'",
+    "default_transaction_deferrable = on",
+    "row_security = on",
+    "synchronous_commit = off",
+    "jit = on",
+    "plan_cache_mode = 'force_custom_plan'",
+    "enable_indexscan = off",
+]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_no_setting_of_a_database_changes_an_answer(make_database: DatabaseMaker, setting: str) -> None:
+    database = make_database(calls=60, index=True)
+    database.insert_call(caller_id_name="a\\b'c\n\x7f", end_stamp="2026-11-02 10:00:00.25+00", pdd_ms="1.5")
+    token = database.account(ALPHA, days=0)
+
+    def answers() -> list[bytes]:
+        app = database.app(CDR_API_TIMEZONE="Asia/Kolkata")
+        client = Client(app, token)
+        feed = client.get("/api/call_feed", **{"from": "2026-01-01"})
+        following = client.get("/api/call_feed", cursor=feed.headers["X-Next-Cursor"])
+        found = [
+            client.get("/api/calls", domain_name=ALPHA),
+            client.get("/api/calls", domain_name=ALPHA, caller_id_name="a\\b'c\n\x7f"),
+            client.get("/api/call_range", domain_name=ALPHA, format="csv", **EVER),
+            client.get("/api/call_range", domain_name=ALPHA, **{"from": "2026-11-02", "to": "2026-11-02"}),
+            client.get("/api/call_totals", group_by="day,hour,domain_uuid,direction", **EVER),
+            client.get("/api/concurrent_calls_by_domain", date="2026-11-02", resolution="60"),
+            client.get("/api/active_calls_by_domain", date="2026-11-02", resolution="60"),
+            client.get("/api/domains"),
+            feed,
+            following,
+        ]
+        assert [response.status_code for response in found] == [200] * len(found)
+        return [response.data for response in found]
+
+    before = answers()
+    database.execute(f'ALTER DATABASE "{database.name}" SET {setting}')
+    database.close()
+    assert answers() == before
+    body = {"name": "N", "email": "n@example.com", "password": PASSWORD, "password_confirmation": PASSWORD}
+    client = Client(database.app(CDR_API_REGISTER_DOMAINS="*"))
+    registered = client.post("/api/register", json=body)
+    assert registered.status_code == 201, registered.text
+    stamp = registered.get_json()["user"]["created_at"]
+    assert stamp.endswith("Z")
+    assert len(stamp) == len("2026-11-23T10:46:04.077363Z")
+    login = client.post("/api/login", json={"email": "n@example.com", "password": PASSWORD})
+    assert login.get_json()["user"] == registered.get_json()["user"]
+    status, lines = check(client.app)
+    assert status == 0, lines
+
+
+# Rows stored twice -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("release", ["4.4.1", "5.5.7"])
+def test_a_call_that_is_stored_twice_counts_once_everywhere(make_database: DatabaseMaker, release: str) -> None:
+    database = make_database(release)
+    key = "uuid" if release[0] == "4" else "xml_cdr_uuid"
+    for number in range(4):
+        epoch = NOON + number
+        stamp = f"2026-01-15 12:00:0{number}+00"
+        database.insert_call(end_stamp=stamp, end_epoch=epoch, start_epoch=epoch - 60, start_stamp=stamp, billsec=10)
+    database.execute("ALTER TABLE v_xml_cdr DROP CONSTRAINT v_xml_cdr_pkey")
+    database.execute("INSERT INTO v_xml_cdr SELECT * FROM v_xml_cdr")
+    database.execute("INSERT INTO v_xml_cdr SELECT * FROM v_xml_cdr")
+    client = database.client(database.account(ALPHA))
+    assert len(read(client)) == len(read(client, "/api/calls")) == 4
+    (total,) = client.get("/api/call_totals", **DAY).get_json()
+    assert (total["calls"], total["billsec"]) == (4, 40)
+    assert len(client.get("/api/call_feed", **{"from": "2026-01-01"}).get_json()) == 4
+    for path, start in (("/api/calls", {"domain_name": ALPHA}), ("/api/call_feed", {"from": "2026-01-01"})):
+        url, found = "", []
+        response = client.get(path, limit="3", fields="xml_cdr_uuid", **start)
+        for _ in range(5):
+            found += [call["xml_cdr_uuid"] for call in response.get_json()]
+            url = response.headers.get("Link", "").partition("<")[2].partition(">")[0]
+            if not url:
+                break
+            response = client.send("GET", url)
+        assert len(found) == len(set(found)) == 4
+    status, lines = check(client.app)
+    assert status == 1
+    assert lines["key"].startswith(
+        "✗ key                v_xml_cdr has no primary key, and 4 calls are stored more than once"
+    )
+    assert f"ADD PRIMARY KEY ({key})" in lines["key"]
+
+
+# Numbers that cannot be ---------------------------------------------------------------
+
+
+def test_sums_of_absurd_numbers_are_sums(make_database: DatabaseMaker) -> None:
+    database = make_database(index=True)
+    numbers = [-1_768_478_339, 10**30, 10**30, 61]
+    for number in numbers:
+        database.insert_call(billsec=number, billmsec=number * 1000, end_stamp="2026-01-15 12:00:00+00")
+    client = database.client(database.account(ALPHA))
+    (total,) = client.get("/api/call_totals", **DAY).get_json()
+    assert (total["calls"], total["answered"]) == (4, 3)
+    assert (total["billsec"], total["billmsec"]) == (sum(numbers), sum(numbers) * 1000)
+    assert sorted(call["billsec"] for call in read(client)) == sorted(numbers)
+    assert len(read(client, min_billsec="0")) == 3
+    line = check(client.app)[1]["durations"]
+    assert line.startswith("! durations          3 have a billsec below 0 or over 31 days")
+
+
+# The importer ---------------------------------------------------------------------------
+
+
+def test_check_warns_when_the_newest_call_is_unusually_old(make_database: DatabaseMaker) -> None:
+    database = make_database(index=True)
+    assert check(database.app())[1]["importer"].startswith("✓ importer           too few calls")
+    fill = (
+        "INSERT INTO v_xml_cdr (xml_cdr_uuid, domain_name, end_stamp)"
+        " SELECT gen_random_uuid(), %s, now() - n * interval '10 minutes' FROM generate_series(%s, 9000) AS n"
+    )
+    database.execute(fill, [ALPHA, 1])
+    assert check(database.app())[1]["importer"].startswith("✓ importer           the newest call ended 0.2 h ago")
+    database.execute("DELETE FROM v_xml_cdr WHERE end_stamp > now() - interval '13 hours'")
+    assert check(database.app())[1]["importer"].startswith("! importer           the newest call ended 13.")
