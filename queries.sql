@@ -100,11 +100,8 @@ DEALLOCATE {name};
 -- NULLs and drops the columns nobody asked for. The casts repair the types of
 -- 4.x and cost nothing where the type is right.
 --
--- kind.old: end_stamp is text, as in 4.x. It is told by how the planner compares
--- two constants of the column's own type, and folded before anything is read: as
--- text 4713 BC sorts after the year 1, as a time before it. Then the epochs count
--- where they are greater than 0, for they have one meaning in all releases, and a
--- text only where it is a time. 253402300799 is the end of the year 9999.
+-- {start_at}, {answer_at} and {end_at} are an instant each. Where {end_is_zoned} is not
+-- so, bounds of the epoch let an index on that find the calls of a range.
 -- The comparison of end_at with after_stamp alone adds nothing but this: by it
 -- PostgreSQL leaves out the partitions of earlier months, by that of the key not.
 -- scale(x) is NULL for NaN and Infinity, and 0 for what is whole, as it nearly always
@@ -180,19 +177,8 @@ DEALLOCATE {name};
               at.start_at, at.end_at
          FROM {own_calls} AS cdr
         CROSS JOIN LATERAL (
-              SELECT NOT CASE WHEN false THEN cdr.end_stamp ELSE '04713-01-01 BC' END
-                         < CASE WHEN false THEN cdr.end_stamp ELSE '0001-01-01' END AS old) AS kind
-        CROSS JOIN LATERAL (
               SELECT CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END AS key,
-                     CASE WHEN kind.old AND cdr.start_epoch BETWEEN 1 AND 253402300799
-                          THEN to_timestamp(cdr.start_epoch::float8)
-                          ELSE cdr.start_stamp::timestamptz END AS start_at,
-                     CASE WHEN kind.old AND cdr.answer_epoch BETWEEN 1 AND 253402300799
-                          THEN to_timestamp(cdr.answer_epoch::float8)
-                          ELSE cdr.answer_stamp::timestamptz END AS answer_at,
-                     CASE WHEN kind.old AND cdr.end_epoch BETWEEN 1 AND 253402300799
-                          THEN to_timestamp(cdr.end_epoch::float8)
-                          WHEN NOT kind.old OR {is_time} THEN cdr.end_stamp::timestamptz END AS end_at) AS at
+                     {start_at} AS start_at, {answer_at} AS answer_at, {end_at} AS end_at) AS at
         WHERE %(possible)s
           AND (%(by)s <> 'start'
                OR at.start_at >= %(from)s::timestamptz AND at.start_at < %(to)s::timestamptz)
@@ -201,9 +187,9 @@ DEALLOCATE {name};
               AND at.end_at >= %(after_stamp)s::timestamptz
               AND (at.end_at, at.key) > (%(after_stamp)s::timestamptz, %(after_uuid)s::uuid)
               AND (%(by)s <> 'end' OR at.end_at < %(to)s::timestamptz)
-              AND (NOT kind.old
+              AND ({end_is_zoned}
                    OR cdr.end_epoch >= %(from_epoch)s AND cdr.end_epoch <= %(to_epoch)s
-                   OR cdr.end_epoch < 1 OR cdr.end_epoch > 253402300799 OR cdr.end_epoch IS NULL))
+                   OR cdr.end_epoch <= 0 OR cdr.end_epoch >= 253402300800 OR cdr.end_epoch IS NULL))
           AND (%(part)s <> 'undated'
                OR (at.end_at IS NULL OR at.end_at = '-infinity')
               AND (%(after_uuid)s::uuid IS NULL OR at.key > %(after_uuid)s::uuid))
@@ -226,15 +212,30 @@ DEALLOCATE {name};
        AND ((calls.cc_side IS DISTINCT FROM 'agent' AND calls.originating_leg_uuid IS NULL)
             OR (calls.direction = 'outbound' AND calls.billsec > 0))));
 
--- name: is_time
--- No statement but a condition: the text end_stamp of 4.x is a time that a cast reads.
--- Its day must be one of its month, else the cast would end the answer.
-CASE WHEN cdr.end_stamp::text
-          ~ '^\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])([ T]([01]\d|2[0-3]):[0-5]\d(:([0-5]\d|60)(\.\d{1,6})?)?\s*(Z|[-+]\d\d(:?\d\d)?)?)?$'
-     THEN left(cdr.end_stamp::text, 4) <> '0000'
-          AND substr(cdr.end_stamp::text, 9, 2)::int
-              <= extract(day FROM (left(cdr.end_stamp::text, 7) || '-01')::timestamp + interval '1 month - 1 day')
-     ELSE false END
+-- name: zoned
+-- No statement but a condition, which is folded before anything is read: the column {stamp}
+-- is timestamptz. The CASE, whose first arm never runs, gives the text behind it the
+-- column's own type; only with zones are these two the same instant.
+(CASE WHEN false THEN cdr.{stamp} ELSE '2000-01-01 00:00+00' END) = '2000-01-01 01:00+01'
+
+-- name: instant
+-- No statement but a value: the instant that {stamp} and {epoch} of a call say. A stamp with
+-- a zone counts; else (in 4.x, and where an upgrade left the old type) the epoch, which has
+-- one meaning in all releases, where it is greater than 0; else the stamp, if it is a time
+-- that a cast reads. 253402300800 is the year 10000; NaN is greater than all numbers.
+CASE WHEN {zoned} THEN cdr.{stamp}::timestamptz
+     WHEN cdr.{epoch} > 0 AND cdr.{epoch} < 253402300800 THEN to_timestamp(cdr.{epoch}::float8)
+     WHEN {readable} THEN cdr.{stamp}::text::timestamptz END
+
+-- name: readable
+-- No statement but a condition: a text is a date or a datetime that exists. Without a
+-- backslash, which some databases read in another way.
+(cdr.{stamp}::text !~ '^ *0000' AND cdr.{stamp}::text
+  ~ ('^ *((([0-9]{{4}}-(0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|[0-9]{{4}}-(0[469]|11)-(0[1-9]|[12][0-9]|30)'
+     || '|[0-9]{{4}}-02-(0[1-9]|1[0-9]|2[0-8]))'
+     || '|([0-9]{{2}}(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00)-02-29))'
+     || '([T ]([01][0-9]|2[0-3]):[0-5][0-9](:([0-5][0-9]([.][0-9]+)?|60))?'
+     || ' *(Z|[+-](0[0-9]|1[0-5])(:?[0-5][0-9])?)?)? *$'))
 
 -- name: calls_of_domain
 -- What matching_calls reads from, for one domain: the rows that bear its uuid, and
@@ -794,13 +795,8 @@ SELECT count(*) FILTER (WHERE CASE WHEN domain_uuid IS NULL THEN domain_name = A
   FROM (SELECT NULL::timestamptz AS insert_date) AS absent
  CROSS JOIN LATERAL (
        SELECT cdr.domain_uuid, cdr.domain_name, insert_date::timestamptz AS stored, cdr.billsec,
-              CASE WHEN kind.old AND cdr.end_epoch BETWEEN 1 AND 253402300799
-                   THEN to_timestamp(cdr.end_epoch::float8)
-                   WHEN NOT kind.old OR {is_time} THEN cdr.end_stamp::timestamptz END AS ended
-         FROM v_xml_cdr AS cdr
-        CROSS JOIN LATERAL (
-              SELECT NOT CASE WHEN false THEN cdr.end_stamp ELSE '04713-01-01 BC' END
-                         < CASE WHEN false THEN cdr.end_stamp ELSE '0001-01-01' END AS old) AS kind) AS calls;
+              {end_at} AS ended
+         FROM v_xml_cdr AS cdr) AS calls;
 
 -- name: compare_stamps
 -- One row, of a sample of some rows: how many calls have an end_epoch, of how many the
@@ -809,19 +805,16 @@ SELECT count(*) FILTER (WHERE CASE WHEN domain_uuid IS NULL THEN domain_name = A
 SELECT count(*) AS looked_at,
        count(*) FILTER (WHERE abs(difference) > 1) AS differ,
        mode() WITHIN GROUP (ORDER BY difference) FILTER (WHERE abs(difference) > 1) AS seconds,
-       bool_or(old) AS is_text
-  FROM (SELECT kind.old,
-               round(extract(epoch FROM CASE WHEN NOT kind.old OR {is_time} THEN cdr.end_stamp::timestamptz END)::numeric
+       bool_and(zoned) IS FALSE AS is_text
+  FROM (SELECT {end_is_zoned} AS zoned,
+               round(extract(epoch FROM CASE WHEN {end_is_zoned} OR {readable} THEN cdr.end_stamp::timestamptz END)::numeric
                      - cdr.end_epoch) AS difference
           FROM (SELECT least(100, 100 * %(rows)s / greatest(sum(c.reltuples), 1))::real AS share
                   FROM pg_class AS c
                  WHERE c.oid = to_regclass('v_xml_cdr')
                     OR c.oid IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = to_regclass('v_xml_cdr'))) AS sample
          CROSS JOIN LATERAL (SELECT * FROM v_xml_cdr TABLESAMPLE SYSTEM (share)) AS cdr
-         CROSS JOIN LATERAL (
-               SELECT NOT CASE WHEN false THEN cdr.end_stamp ELSE '04713-01-01 BC' END
-                          < CASE WHEN false THEN cdr.end_stamp ELSE '0001-01-01' END AS old) AS kind
-         WHERE cdr.end_epoch BETWEEN 1 AND 253402300799) AS compared;
+         WHERE cdr.end_epoch > 0 AND cdr.end_epoch < 253402300800) AS compared;
 
 -- name: select_foreign_text
 -- One row is a call with a character beyond ASCII, as text; a hundred thousand at most.

@@ -12,7 +12,16 @@ import psycopg
 
 from cdr.database import Connection, run
 from cdr.parsing import parse_zone
-from cdr.selection import FIELDS, FIRST_UUID, Domains, Selection, Source, compose_select
+from cdr.selection import (
+    FIELDS,
+    FIRST_UUID,
+    Domains,
+    Selection,
+    Source,
+    compose_instant,
+    compose_moment,
+    compose_select,
+)
 from cdr.settings import Settings
 from cdr.statements import STATEMENTS, decode, mogrify
 
@@ -94,7 +103,7 @@ def check_index(_subject: Subject, connection: Connection) -> Iterator[Finding]:
         yield BAD, "index", f"{row['index_name']} is left over from a build that was interrupted: run {drop}"
     columns = find_columns(connection)
     key = "xml_cdr_uuid" if "xml_cdr_uuid" in columns else "uuid"
-    if columns.get("end_stamp") == "text":  # as in 4.x, where the epochs count
+    if columns.get("end_stamp") != "timestamp with time zone":  # as in 4.x, where the epochs count
         index, served = EPOCH_INDEX, run(connection, "examine_session")[0]["epochs_indexed"]
     else:
         conditions = (node.get("Index Cond", "") for node in find_plan(connection, "2026-01-01", "2026-01-02"))
@@ -128,7 +137,7 @@ def find_plan(connection: Connection, start: str, end: str) -> Iterator[dict[str
 def check_domains_of_calls(subject: Subject, connection: Connection) -> Iterator[Finding]:
     """Calls that belong to no domain, in one pass with whatever else takes a look at every call."""
     days = subject.settings.lookback_days
-    query = STATEMENTS["examine_calls"].format(is_time=STATEMENTS["is_time"])
+    query = STATEMENTS["examine_calls"].format(end_at=compose_instant("end"))
     found = connection.execute(query, {"days": days, **subject.domains.parameters()}).fetchall()[0]
     if found["of_no_domain"]:
         text = f"{found['of_no_domain']} belong to no domain that exists; only accounts that read everything get them"
@@ -166,7 +175,8 @@ def judge_importer(gaps: Sequence[float | None]) -> Iterator[Finding]:
 def check_stamps(subject: Subject, connection: Connection) -> Iterator[Finding]:
     """Whether stamps and epochs are the same instants, by a sample that is spread over the table."""
     zone = subject.settings.timezone or connection.info.parameter_status("TimeZone") or "UTC"
-    query = STATEMENTS["compare_stamps"].format(is_time=STATEMENTS["is_time"])
+    conditions = {"end_is_zoned": compose_moment("zoned", "end"), "readable": compose_moment("readable", "end")}
+    query = STATEMENTS["compare_stamps"].format(**conditions)
     with connection.transaction(force_rollback=True):
         run(connection, "try_time_zone", time_zone=zone)
         try:

@@ -262,7 +262,25 @@ def compose_matching(source: Source) -> sql.Composed:
     if source.distinct:
         own_calls = STATEMENTS["distinct_calls"].format(own_calls=own_calls, written=written)
         written = sql.SQL("")
-    return STATEMENTS["matching_calls"].format(own_calls=own_calls, written=written, is_time=STATEMENTS["is_time"])
+    instants = {f"{name}_at": compose_instant(name) for name in ("start", "answer", "end")}
+    return STATEMENTS["matching_calls"].format(
+        own_calls=own_calls, written=written, end_is_zoned=compose_moment("zoned", "end"), **instants
+    )
+
+
+def compose_moment(statement: str, name: str) -> sql.Composed:
+    """zoned or readable, for the start, the answer or the end."""
+    return STATEMENTS[statement].format(stamp=sql.Identifier(f"{name}_stamp"))
+
+
+def compose_instant(name: str) -> sql.Composed:
+    """instant, for the start, the answer or the end."""
+    return STATEMENTS["instant"].format(
+        stamp=sql.Identifier(f"{name}_stamp"),
+        epoch=sql.Identifier(f"{name}_epoch"),
+        zoned=compose_moment("zoned", name),
+        readable=compose_moment("readable", name),
+    )
 
 
 def plain_column(name: str) -> sql.Composable:

@@ -53,8 +53,8 @@ FIELDS = (
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS calls (
     xml_cdr_uuid TEXT PRIMARY KEY, domain_uuid TEXT, domain_name TEXT, direction TEXT, accountcode TEXT,
-    extension_uuid TEXT, caller_id_number TEXT, destination_number TEXT, start_stamp TEXT, answer_stamp TEXT, end_stamp TEXT,
-    billsec INTEGER, billmsec INTEGER, hangup_cause TEXT, ended TEXT, gone_at TEXT);
+    extension_uuid TEXT, caller_id_number TEXT, destination_number TEXT, start_stamp TEXT, answer_stamp TEXT,
+    end_stamp TEXT, billsec INTEGER, billmsec INTEGER, hangup_cause TEXT, ended TEXT, gone_at TEXT);
 CREATE INDEX IF NOT EXISTS calls_ended ON calls (ended);
 CREATE TABLE IF NOT EXISTS position (
     id INTEGER PRIMARY KEY CHECK (id = 1), parameter TEXT NOT NULL, value TEXT NOT NULL, complete_through TEXT);
