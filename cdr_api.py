@@ -483,7 +483,7 @@ def call_range() -> Response:
 
 def select(values: Mapping[str, Any], *, anew: bool = False) -> Selection:
     """The calls of a request's domains and filters."""
-    return Selection.of(read_domains(values, anew=anew), values, service().calls.codec)
+    return Selection.of(read_domains(values, anew=anew), values, service().time_zone, service().calls.codec)
 
 
 def select_range(values: Mapping[str, Any]) -> Selection:

@@ -222,10 +222,13 @@ DEALLOCATE {name};
 -- No statement but a value: the instant that {stamp} and {epoch} of a call say. A stamp with
 -- a zone counts; else (in 4.x, and where an upgrade left the old type) the epoch, which has
 -- one meaning in all releases, where it is greater than 0; else the stamp, if it is a time
--- that a cast reads. 253402300800 is the year 10000; NaN is greater than all numbers.
+-- that a cast reads, in the service's zone if it names none. 253402300800 is the year 10000; NaN is greater than all numbers.
 CASE WHEN {zoned} THEN cdr.{stamp}::timestamptz
      WHEN cdr.{epoch} > 0 AND cdr.{epoch} < 253402300800 THEN to_timestamp(cdr.{epoch}::float8)
-     WHEN {readable} THEN cdr.{stamp}::text::timestamptz END
+     WHEN {readable}
+     THEN (cdr.{stamp}::text || CASE WHEN cdr.{stamp}::text ~ ':.*[Z+-]' THEN ''
+                                     WHEN cdr.{stamp}::text ~ ':' THEN ' ' || %(zone)s::text
+                                     ELSE ' 00:00 ' || %(zone)s::text END)::timestamptz END
 
 -- name: readable
 -- No statement but a condition: a text is a date or a datetime that exists. Without a
@@ -239,7 +242,7 @@ CASE WHEN {zoned} THEN cdr.{stamp}::timestamptz
 
 -- name: calls_of_domain
 -- What matching_calls reads from, for one domain: the rows that bear its uuid, and
--- of those without a uuid the ones that bear its name (lone_names: if no other domain
+-- of those without a uuid the ones that bear its name (lone_name: if no other domain
 -- bears it too). {columns} are those of the table, with xmin for the feed. {order} is
 -- in_order where an index brings the first part so: then the two are merged, and the
 -- second, of few rows, alone is sorted.
@@ -249,7 +252,7 @@ CASE WHEN {zoned} THEN cdr.{stamp}::timestamptz
   UNION ALL
  (SELECT {columns}, cdr.domain_name
     FROM v_xml_cdr AS cdr
-   WHERE cdr.domain_uuid IS NULL AND cdr.domain_name = ANY(%(lone_names)s::text[]){order}))
+   WHERE cdr.domain_uuid IS NULL AND cdr.domain_name = %(lone_name)s::text{order}))
 
 -- name: in_order
 -- No statement but the order of the key, in which the index brings a domain's calls.
@@ -320,6 +323,7 @@ SELECT pg_backend_pid() AS pid,
                   AND columns[1:3] = ARRAY['domain_uuid', 'end_stamp', 'xml_cdr_uuid']) AS indexed,
        EXISTS (SELECT FROM indexes WHERE indisvalid AND indpred IS NULL
                   AND columns[1:2] = ARRAY['domain_uuid', 'end_epoch']) AS epochs_indexed,
+       EXISTS (SELECT FROM indexes WHERE indisvalid AND columns[1:2] = ARRAY['domain_name', 'end_stamp']) AS nameless_indexed,
        coalesce((SELECT relkind IN ('r', 'p', 'v') FROM pg_class WHERE oid = to_regclass('v_xml_cdr')), true) AS lockable,
        coalesce((SELECT relkind IN ('r', 'p') FROM pg_class WHERE oid = to_regclass('v_xml_cdr')), false)
            AND NOT EXISTS (SELECT FROM indexes WHERE indisunique AND indisvalid AND indpred IS NULL
@@ -773,12 +777,13 @@ SELECT count(*) AS calls
          GROUP BY key HAVING count(*) > 1) AS doubles;
 
 -- name: examine_calls
--- One row, of one pass over every call: those that belong to no domain (of domain_uuids,
+-- One row, of one pass over every call: those without a domain_uuid; those that belong to no domain (of domain_uuids,
 -- or without a uuid by a name of lone_names); those that were stored so many days after
 -- they ended that the feed did not find them (releases before 5.1 do not say when that was);
 -- those with a billsec that cannot be; and the seconds since the newest call, now and at
 -- this hour of the last eight weeks.
-SELECT count(*) FILTER (WHERE CASE WHEN domain_uuid IS NULL THEN domain_name = ANY(%(lone_names)s::text[])
+SELECT count(*) FILTER (WHERE domain_uuid IS NULL) AS nameless,
+       count(*) FILTER (WHERE CASE WHEN domain_uuid IS NULL THEN domain_name = ANY(%(lone_names)s::text[])
                                    ELSE domain_uuid = ANY(%(domain_uuids)s::uuid[]) END IS NOT TRUE) AS of_no_domain,
        count(*) FILTER (WHERE calls.stored > ended + %(days)s * interval '1 day') AS late,
        count(*) FILTER (WHERE billsec < 0 OR billsec > 31 * 86400) AS odd,

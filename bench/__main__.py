@@ -267,7 +267,7 @@ class Ceiling:
 
     def read(self, wanted: Range) -> Reading:
         query = (
-            f"COPY (SELECT {', '.join(FIELDS)} FROM v_xml_cdr WHERE domain_name = '{DOMAIN}'"
+            f"COPY (SELECT {', '.join(FIELDS)} FROM v_xml_cdr WHERE domain_uuid = md5('domain {DOMAIN}')::uuid"
             f" AND end_stamp >= to_timestamp({wanted.first}) AND end_stamp < to_timestamp({wanted.last + 1})"
             " ORDER BY end_stamp, xml_cdr_uuid) TO STDOUT (FORMAT csv)"
         )

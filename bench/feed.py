@@ -85,7 +85,7 @@ def measure_polls(server: demo.PostgresServer, name: str, runs: int) -> tuple[fl
 
         poll()
         empty = measure(poll, runs)
-        window = f"domain_name = '{DOMAIN}' AND end_stamp > now() - interval '{WINDOW_DAYS} days'"
+        window = f"domain_uuid = md5('domain {DOMAIN}')::uuid AND end_stamp > now() - interval '{WINDOW_DAYS} days'"
         query = f"SELECT count(*) FROM v_xml_cdr WHERE {window}"
         (calls,) = connection.execute(query).fetchall()[0]
         # As the poll, it looks at the rows and goes by the index.

@@ -23,7 +23,7 @@ from cdr.selection import FIELDS, INTEGERS, NUMBERS
 QUERY = f"""
 SELECT {", ".join(FIELDS)}
   FROM v_xml_cdr
- WHERE domain_name = %s AND end_stamp >= %s AND end_stamp < %s
+ WHERE domain_uuid = md5('domain ' || %s)::uuid AND end_stamp >= %s AND end_stamp < %s
  ORDER BY end_stamp, xml_cdr_uuid
 """
 app = Flask(__name__)

@@ -59,6 +59,8 @@ def unavailable(message: str, seconds: int = 5) -> ApiError:
 NOT_SET_UP = (
     psycopg.errors.UndefinedTable,
     psycopg.errors.UndefinedColumn,
+    psycopg.errors.UndefinedFunction,  # of a schema.sql that has not been run again
+    psycopg.errors.WrongObjectType,  # v_xml_cdr has become a table of another kind
     psycopg.errors.InvalidSchemaName,
     psycopg.errors.InsufficientPrivilege,
     psycopg.errors.InvalidParameterValue,  # a time zone that the server does not know

@@ -107,6 +107,7 @@ class Domains:
             "domain_uuids": list(self.uuids),
             "domain_names": list(self.names),
             "lone_names": list(self.lone_names),
+            "lone_name": self.lone_names[0] if len(self.lone_names) == 1 else None,
         }
 
 
@@ -139,19 +140,21 @@ class Selection:
     low: str | None = None  # of the transactions that wrote the calls, see written
     high: str | None = None
     possible: bool = True
+    zone: str = "UTC"  # the service's, of stamps without one, as 4.x has
     limit: int | None = None
     offset: int = 0
 
     @classmethod
-    def of(cls, domains: Domains, values: Mapping[str, Any], codec: str | None = None) -> Selection:
-        """The calls that a request's filters let through, in a database whose text has a codec of Python's (None: any).
+    def of(cls, domains: Domains, values: Mapping[str, Any], zone: str, codec: str | None = None) -> Selection:
+        """The calls that a request's filters let through.
 
-        What the database cannot hold no call can have.
+        zone: the service's. codec: Python's name of the database's encoding (None: it
+        holds all text); what it cannot hold no call can have.
         """
         filters = {name: values[name] for name in FILTERS if values.get(name) is not None}
         held = {name: value for name, value in filters.items() if can_hold(codec, value)}
         possible = len(held) == len(filters) and (domains.everything or bool(domains.uuids))
-        return cls(domains, held, possible=possible)
+        return cls(domains, held, possible=possible, zone=zone)
 
     def within(self, start: datetime, end: datetime, by: str) -> Selection:
         """Only calls whose stamp lies in [start, end)."""
@@ -211,6 +214,7 @@ class Selection:
             "from_epoch": max(find_epoch(stamp, 1), 1),
             "to_epoch": find_epoch(to, LATEST_EPOCH) if self.by == "end" else LATEST_EPOCH,
             "possible": self.possible,
+            "zone": self.zone,
             "part": self.part,
             "after_stamp": stamp,
             "after_uuid": uuid,

@@ -279,6 +279,37 @@ def test_a_table_that_was_being_rewritten_does_not_look_empty(database: Database
             assert [call["xml_cdr_uuid"] for call in future.result()] == [uuid]
 
 
+class Recorder:
+    """Keeps what the metrics would count."""
+
+    def __init__(self) -> None:
+        self.fallbacks: list[tuple[str, str]] = []
+
+    def request(self, facts: Any) -> None:
+        pass
+
+    def fallback(self, statement: str, reason: str) -> None:
+        self.fallbacks.append((statement, reason))
+
+
+def test_an_answer_that_cannot_be_prepared_is_logged_once_and_counted(
+    database: Database, client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is right, and costs twice for ever: somebody should know."""
+    database.insert_call()
+    recorder = Recorder()
+    client.app.extensions["cdr_api"].request_log.observers.append(recorder)
+    database.execute(SLOW_NUMBER)
+    database.execute("ALTER TABLE v_xml_cdr ALTER waitsec TYPE slow USING '1'")
+    for _ in range(2):
+        database.insert_call()
+        assert client.call_range("2026-02-03", "2026-02-03")
+    told = [record for record in caplog.records if "cannot be run prepared" in record.message]
+    assert len(told) == 1
+    assert "(57014)" in told[0].message  # it took too long
+    assert recorder.fallbacks == [("select_calls", "57014")] * 2
+
+
 # A type that is a number 0.2 s after it is asked.
 SLOW_NUMBER = """
     CREATE TYPE slow;

@@ -114,12 +114,21 @@ def new_end_stamp() -> datetime | None:
     return None if chance > 0.97 else datetime.now(UTC) - timedelta(days=random.uniform(0, days))
 
 
+# What the importer finds in a call's variables beside the right domain_uuid.
+STORED_NAMES = (*demo.DOMAINS, "203.0.113.5", "old.example.com", None)
+
+
 def insert_calls(connection: demo.Connection, count: int, domains: Sequence[str] = demo.DOMAINS) -> list[Call]:
     calls = [new_call(domains) for _ in range(count)]
-    rows = ", ".join(["(%s, %s, %s, %s, now(), 'a', 0)"] * count)
-    values = [value for call in calls for value in (call.uuid, call.domain, call.direction, new_end_stamp())]
+    rows = ", ".join(["(%s, md5('domain ' || %s)::uuid, %s, %s, %s, now(), 'a', 0)"] * count)
+    values = [
+        value
+        for call in calls
+        for value in (call.uuid, call.domain, random.choice(STORED_NAMES), call.direction, new_end_stamp())
+    ]
     connection.execute(
-        f"INSERT INTO v_xml_cdr (xml_cdr_uuid, domain_name, direction, end_stamp, start_stamp, leg, billsec)"
+        "INSERT INTO v_xml_cdr"
+        " (xml_cdr_uuid, domain_uuid, domain_name, direction, end_stamp, start_stamp, leg, billsec)"
         f" VALUES {rows}",
         values,
     )
@@ -194,6 +203,18 @@ def disturb(book: Book, connection: demo.Connection) -> None:
         connection.execute("VACUUM FREEZE v_xml_cdr")
 
 
+def change_domains(book: Book, connection: demo.Connection) -> None:
+    """Renames a domain to and fro; another one, that an account was granted, comes and is deleted."""
+    alpha = "md5('domain alpha.example.com')::uuid"
+    book.wait(0.3)
+    connection.execute(
+        f"UPDATE v_domains SET domain_name = CASE domain_name WHEN '{demo.DOMAINS[0]}' THEN 'renamed.example.com'"
+        f" ELSE '{demo.DOMAINS[0]}' END WHERE domain_uuid = {alpha}"
+    )
+    if not connection.execute("DELETE FROM v_domains WHERE domain_name = 'delta.example.com'").rowcount:
+        demo.add_domain(connection, "delta.example.com")
+
+
 def persist(book: Book, statement: str) -> None:
     """A statement that must happen: whatever crash or wait for a lock comes between, it is tried again."""
 
@@ -224,6 +245,7 @@ class Poller:
     token: str
     query: dict[str, str]
     wants: Callable[[Call], bool]
+    days: float = 40  # how far back its first poll looks
     forgetful: bool = False  # crashes at times between keeping the calls and keeping the cursor
     cursor: str = ""
     through: float = 0  # what X-Complete-Through has promised so far
@@ -247,7 +269,7 @@ class Poller:
 
     def poll(self) -> int:
         """Asks once, and keeps what came; how many calls that was."""
-        since = (datetime.now(UTC) - timedelta(days=40)).isoformat()
+        since = (datetime.now(UTC) - timedelta(days=self.days)).isoformat()
         place = {"cursor": self.cursor} if self.cursor else {"from": since}
         body, headers = self.get("/api/call_feed?" + urlencode(self.query | place))
         if self.query.get("format") == "ndjson":
@@ -279,23 +301,30 @@ class Poller:
 
 
 def make_pollers(node: Node, url: str, *, forgetful: bool = False) -> list[Poller]:
+    """The second begins with a recent from, before anything is stored: what ended earlier comes as it is stored."""
     alpha, beta, gamma = demo.DOMAINS
-    return [
+    with node.connect() as connection:
+        (uuid_of_alpha,) = connection.execute("SELECT md5('domain ' || %s)::uuid::text", [alpha]).fetchall()[0]
+        demo.add_domain(connection, "delta.example.com")
+    pollers = [
         Poller(url, make_token(node), {"fields": "xml_cdr_uuid"}, lambda call: True),
         Poller(
             url,
             make_token(node, alpha),
-            {"domain_name": alpha, "format": "ndjson"},
+            {"domain_uuid": uuid_of_alpha, "format": "ndjson"},
             lambda call: call.domain == alpha,
-            forgetful=forgetful,
+            days=0.001,
         ),
         Poller(
             url,
-            make_token(node, alpha, beta, gamma),
+            make_token(node, alpha, beta, gamma, "delta.example.com"),
             {"direction": "inbound", "limit": "50"},
             lambda call: call.direction == "inbound",
         ),
     ]
+    pollers[1].poll()
+    pollers[1].forgetful = forgetful
+    return pollers
 
 
 # The play ---------------------------------------------------------------------
@@ -407,7 +436,7 @@ def act(book: Book, seconds: float, *scenes: Callable[[], None]) -> None:
 @pytest.mark.direct("runs a server of its own, which crashes")
 def test_the_feed_delivers_every_call_through_crashes_and_rewrites(node: Node) -> None:
     book = new_book(node, SECONDS)
-    works = [*[write] * WRITERS, end_prepared, disturb]
+    works = [*[write] * WRITERS, end_prepared, disturb, change_domains]
     scenes = [
         lambda: survive(book, node, node.crash),
         lambda: persist(book, "VACUUM FULL v_xml_cdr"),

@@ -15,7 +15,7 @@ if (!$token->fetchColumn()) {
 
 $calls = $pdo->prepare(
     'SELECT ' . getenv('BENCH_COLUMNS') . ' FROM v_xml_cdr'
-    . ' WHERE domain_name = ? AND end_stamp >= to_timestamp(?) AND end_stamp < to_timestamp(?)'
+    . ' WHERE domain_uuid = md5(\'domain \' || ?)::uuid AND end_stamp >= to_timestamp(?) AND end_stamp < to_timestamp(?)'
     . ' ORDER BY end_stamp, xml_cdr_uuid'
 );
 $calls->execute([$_GET['domain_name'], (int) $_GET['from'], (int) $_GET['to'] + 1]);

@@ -20,7 +20,8 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 TOKEN = os.environ["BENCH_TOKEN_QUERY"].replace("%s", "$1")
 CALLS = (
     f"SELECT {os.environ['BENCH_COLUMNS']} FROM v_xml_cdr"
-    " WHERE domain_name = $1 AND end_stamp >= $2 AND end_stamp < $3 ORDER BY end_stamp, xml_cdr_uuid"
+    " WHERE domain_uuid = md5('domain ' || $1)::uuid AND end_stamp >= $2 AND end_stamp < $3"
+    " ORDER BY end_stamp, xml_cdr_uuid"
 )
 BATCH = 500  # rows; one by one, each would be a message of its own to the server
 
