@@ -121,13 +121,8 @@ def check_index(_subject: Subject, connection: Connection) -> Iterator[Finding]:
 
 def find_plan(connection: Connection, start: str, end: str) -> Iterator[dict[str, Any]]:
     """The nodes of the plan for the range of a domain, of the statement that serves it."""
-    selection = Selection(
-        Domains([FIRST_UUID], [""], [""]),
-        by="end",
-        part="dated",
-        after=(start, FIRST_UUID),
-        end=datetime.fromisoformat(end),
-    )
+    domains, until = Domains([FIRST_UUID], [""], [""]), datetime.fromisoformat(end)
+    selection = Selection(domains, by="end", part="dated", after=(start, FIRST_UUID), end=until)
     select_calls = compose_select(FIELDS, Source(selection.domains.statement, ordered=True, feed=False, distinct=False))
     explain = STATEMENTS["explain"].as_string()
     query = mogrify(connection, f"{explain} {select_calls}", selection.parameters())
