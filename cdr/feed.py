@@ -13,7 +13,7 @@ from cdr.accounts import Account
 from cdr.cursors import read_cursor
 from cdr.database import Connection, run
 from cdr.errors import ApiError, unavailable
-from cdr.ranges import find_edge, find_zone
+from cdr.ranges import EARLIEST, clamp, find_edge, find_zone
 from cdr.selection import Domains, Key, Selection
 from cdr.service import Service
 
@@ -234,7 +234,7 @@ class Window:
         elif floor and high >= floor[1]:
             floor = None
         instants = [through] if cursor.low is None else [through, cursor.through]
-        since = min(map(datetime.fromisoformat, instants)) - self.lookback
+        since = clamp(lambda: min(map(datetime.fromisoformat, instants)) - self.lookback, EARLIEST)
         if floor:
             since = min(since, datetime.fromisoformat(floor[0]))
         return replace(
