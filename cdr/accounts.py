@@ -264,7 +264,7 @@ def register(service: Service, values: Mapping[str, str]) -> tuple[dict[str, Any
         account = add_account(connection, values["name"], values["email"], values["password"], all_domains=all_domains)
         if not account:
             refuse("email", "has already been taken")
-        names = list(settings.register_domains)
+        names = [name for name in settings.register_domains if can_hold(service.accounts.codec, name)]
         run(connection, "upsert_grants", account_id=account["account_id"], domain_names=names)
         token = new_token(connection, account["account_id"], settings.token_days)
     return account, token or ""
