@@ -20,6 +20,8 @@ END $$;
 ALTER ROLE cdr_api SET jit = off;
 -- While FusionPBX's upgrade locks a table, requests are answered 503, not kept.
 ALTER ROLE cdr_api SET lock_timeout = '3s';
+-- The service writes its side tables wherever others are kept from writing by default.
+ALTER ROLE cdr_api SET default_transaction_read_only = off;
 -- A policy that hides rows from us is an error, not a shorter answer.
 ALTER ROLE cdr_api SET row_security = off;
 
