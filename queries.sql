@@ -277,11 +277,12 @@ CASE WHEN {zoned} THEN cdr.{stamp}::timestamptz
 
 -- name: distinct_calls
 -- The rows of {own_calls} where nothing keeps a key from being stored twice: one of each
--- key, the one that ends last. So lists, pages and sums speak of the same calls.
+-- key, the one that ends last, or is the longest of those. So lists, pages and sums speak of the same calls.
 (SELECT DISTINCT ON (CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END) cdr.*
    FROM {own_calls} AS cdr
   WHERE true{written}
-  ORDER BY CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END, cdr.end_stamp DESC NULLS LAST, cdr.end_epoch DESC)
+  ORDER BY CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END, cdr.end_stamp DESC NULLS LAST, cdr.end_epoch DESC,
+           cdr.billsec DESC NULLS LAST, cdr.billmsec DESC NULLS LAST)
 
 -- name: written
 -- No statement but a condition of the feed: only what transactions in [low, high) wrote
@@ -785,17 +786,17 @@ SELECT count(*) AS calls
 SELECT count(*) FILTER (WHERE domain_uuid IS NULL) AS nameless,
        count(*) FILTER (WHERE CASE WHEN domain_uuid IS NULL THEN domain_name = ANY(%(lone_names)s::text[])
                                    ELSE domain_uuid = ANY(%(domain_uuids)s::uuid[]) END IS NOT TRUE) AS of_no_domain,
-       count(*) FILTER (WHERE calls.stored > ended + %(days)s * interval '1 day') AS late,
+       count(*) FILTER (WHERE CASE WHEN ended < '9999-01-01' THEN calls.stored > ended + %(days)s * interval '1 day' END) AS late,
        count(*) FILTER (WHERE billsec < 0 OR billsec > 31 * 86400) AS odd,
-       ARRAY[extract(epoch FROM now() - max(ended) FILTER (WHERE ended <= now())),
-             extract(epoch FROM now() - interval '1 week' - max(ended) FILTER (WHERE ended <= now() - interval '1 week')),
-             extract(epoch FROM now() - interval '2 weeks' - max(ended) FILTER (WHERE ended <= now() - interval '2 weeks')),
-             extract(epoch FROM now() - interval '3 weeks' - max(ended) FILTER (WHERE ended <= now() - interval '3 weeks')),
-             extract(epoch FROM now() - interval '4 weeks' - max(ended) FILTER (WHERE ended <= now() - interval '4 weeks')),
-             extract(epoch FROM now() - interval '5 weeks' - max(ended) FILTER (WHERE ended <= now() - interval '5 weeks')),
-             extract(epoch FROM now() - interval '6 weeks' - max(ended) FILTER (WHERE ended <= now() - interval '6 weeks')),
-             extract(epoch FROM now() - interval '7 weeks' - max(ended) FILTER (WHERE ended <= now() - interval '7 weeks')),
-             extract(epoch FROM now() - interval '8 weeks' - max(ended) FILTER (WHERE ended <= now() - interval '8 weeks'))
+       ARRAY[extract(epoch FROM now() - max(ended) FILTER (WHERE ended > 'epoch' AND ended <= now())),
+             extract(epoch FROM now() - interval '1 week' - max(ended) FILTER (WHERE ended > 'epoch' AND ended <= now() - interval '1 week')),
+             extract(epoch FROM now() - interval '2 weeks' - max(ended) FILTER (WHERE ended > 'epoch' AND ended <= now() - interval '2 weeks')),
+             extract(epoch FROM now() - interval '3 weeks' - max(ended) FILTER (WHERE ended > 'epoch' AND ended <= now() - interval '3 weeks')),
+             extract(epoch FROM now() - interval '4 weeks' - max(ended) FILTER (WHERE ended > 'epoch' AND ended <= now() - interval '4 weeks')),
+             extract(epoch FROM now() - interval '5 weeks' - max(ended) FILTER (WHERE ended > 'epoch' AND ended <= now() - interval '5 weeks')),
+             extract(epoch FROM now() - interval '6 weeks' - max(ended) FILTER (WHERE ended > 'epoch' AND ended <= now() - interval '6 weeks')),
+             extract(epoch FROM now() - interval '7 weeks' - max(ended) FILTER (WHERE ended > 'epoch' AND ended <= now() - interval '7 weeks')),
+             extract(epoch FROM now() - interval '8 weeks' - max(ended) FILTER (WHERE ended > 'epoch' AND ended <= now() - interval '8 weeks'))
             ]::double precision[] AS gaps
   FROM (SELECT NULL::timestamptz AS insert_date) AS absent
  CROSS JOIN LATERAL (
@@ -812,7 +813,8 @@ SELECT count(*) AS looked_at,
        mode() WITHIN GROUP (ORDER BY difference) FILTER (WHERE abs(difference) > 1) AS seconds,
        bool_and(zoned) IS FALSE AS is_text
   FROM (SELECT {end_is_zoned} AS zoned,
-               round(extract(epoch FROM CASE WHEN {end_is_zoned} OR {readable} THEN cdr.end_stamp::timestamptz END)::numeric
+               round(extract(epoch FROM CASE WHEN {end_is_zoned} AND cdr.end_stamp::text NOT IN ('infinity', '-infinity')
+                                               OR {readable} THEN cdr.end_stamp::timestamptz END)::numeric
                      - cdr.end_epoch) AS difference
           FROM (SELECT least(100, 100 * %(rows)s / greatest(sum(c.reltuples), 1))::real AS share
                   FROM pg_class AS c

@@ -35,6 +35,7 @@ NAMELESS_INDEX = (
     " WHERE domain_uuid IS NULL;"
 )
 MANY_NAMELESS = 10_000
+WEEK = 7 * 86400  # seconds
 SAMPLE_ROWS = 20_000  # of stamps and epochs, spread over the table
 
 
@@ -176,14 +177,17 @@ def find_zone(subject: Subject, connection: Connection) -> str:
 def judge_importer(gaps: Sequence[float | None]) -> Iterator[Finding]:
     """Whether the newest call is unusually old. gaps: seconds since the newest call, now and one to eight weeks ago."""
     now, *weeks = gaps
-    usual = [gap for gap in weeks if gap is not None]
-    if now is None or not usual:
+    # Weeks that lie in the gap itself would make it usual.
+    usual = [gap for week, gap in enumerate(weeks, 1) if gap is not None and now and now < week * WEEK]
+    if now is None or (not usual and now < len(weeks) * WEEK):
         yield GOOD, "importer", "too few calls are stored to tell how old the newest usually is"
-    elif now > 900 + 2 * max(usual):
-        hours, most = now / 3600, max(usual) / 3600
-        text = f"the newest call ended {hours:.1f} h ago, at this hour of other weeks at most {most:.1f} h"
+    elif now > 900 + 2 * max(usual, default=0):
+        text = f"the newest call ended {now / 3600:.1f} h ago"
+        if usual:
+            text += f", at this hour of other weeks at most {max(usual) / 3600:.1f} h"
         look = "ls /var/log/freeswitch/xml_cdr | wc -l; systemctl status xml_cdr"
-        yield NOTE, "importer", f"{text}: if files wait, FusionPBX's import sleeps: {look}"
+        text += f": if files wait, FusionPBX's import sleeps: {look}"
+        yield NOTE, "importer", f"{text} (X-Complete-Through speaks of what is stored)"
     else:
         yield GOOD, "importer", f"the newest call ended {now / 3600:.1f} h ago"
 
