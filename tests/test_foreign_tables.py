@@ -101,7 +101,7 @@ def remote(server: demo.PostgresServer, folder: Path) -> Remote:
     return remote
 
 
-def answers(remote: Remote, token: str) -> list[bytes]:
+def read_all(remote: Remote, token: str) -> list[bytes]:
     client = Client(create_app({"CDR_API_DSN": remote.dsn, "CDR_API_SYSLOG": "off", "CDR_API_TIMEZONE": "UTC"}), token)
     remote.apps.append(client.app)
     mine = {"domain_name": ALPHA}
@@ -133,13 +133,13 @@ def test_every_route_but_the_feed_gives_what_a_plain_table_gives(remote: Remote)
     remote.execute("ALTER TABLE plain RENAME TO v_xml_cdr")
     remote.execute("GRANT SELECT ON v_xml_cdr TO cdr_api")
     token = remote.account(ALPHA)
-    expected = answers(remote, token)
+    expected = read_all(remote, token)
     assert len(expected[0]) > 50_000
     remote.execute("ALTER TABLE v_xml_cdr RENAME TO plain")
     for way, change in WAYS.items():
         remote.execute(change)
         remote.execute("GRANT SELECT ON v_xml_cdr TO cdr_api")
-        assert answers(remote, token) == expected, way
+        assert read_all(remote, token) == expected, way
         client = Client(remote.apps[-1], token)
         refused = client.get("/api/call_feed", **{"from": "2026-01-01"})
         assert refused.status_code == 409

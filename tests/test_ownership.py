@@ -15,110 +15,26 @@ from flask import Flask
 
 import demo
 from tests.conftest import Client, Database, DatabaseMaker, problem
-
-A, B, C = (f"{letter}0000000-0000-4000-8000-000000000001" for letter in "abc")
-T1, T2 = "d1000000-0000-4000-8000-000000000001", "d2000000-0000-4000-8000-000000000001"
-X = "e0000000-0000-4000-8000-000000000001"  # of a domain that was deleted
-NEVER = "f0000000-0000-4000-8000-000000000001"  # of no domain and of no call
-DOMAINS = {
-    A: "alpha.example.com",
-    B: "beta.example.com",
-    C: "Capital.Example.com",
-    T1: "twin.example.com",
-    T2: "twin.example.com",
-}
-# The domain that a call belongs to, by its uuid; what is stored as its domain_uuid and as its domain_name.
-SHAPES = (
-    (A, A, "alpha.example.com"),
-    (A, A, "203.0.113.5"),
-    (A, A, "old.example.com"),
-    (A, A, "Alpha.Example.com"),
-    (A, A, "alpha.example.com "),
-    (A, A, None),
-    (A, A, ""),
-    (A, A, "beta.example.com"),
-    (A, None, "alpha.example.com"),
-    (B, B, "beta.example.com"),
-    (B, B, "alpha.example.com"),
-    (B, None, "beta.example.com"),
-    (C, C, "capital.example.com"),
-    (C, None, "Capital.Example.com"),
-    (T1, T1, "twin.example.com"),
-    (T2, T2, "twin.example.com"),
-    (T2, T2, None),
-    (None, None, "twin.example.com"),
-    (None, None, "capital.example.com"),
-    (None, None, "ALPHA.example.com"),
-    (None, None, "alpha.example.com "),
-    (None, None, " alpha.example.com"),
-    (None, None, "gone.example.com"),
-    (None, None, ""),
-    (None, None, None),
-    (None, X, "alpha.example.com"),
-    (None, X, "gone.example.com"),
-    (None, X, None),
+from tests.shapes import (
+    DOMAINS,
+    HOURS_OF_A_DAY,
+    LISTS,
+    NEVER,
+    READERS,
+    ROUTES,
+    T1,
+    T2,
+    WIDE,
+    A,
+    B,
+    C,
+    Shape,
+    X,
+    add_shapes,
+    granted,
+    set_domains,
+    uuids_of,
 )
-READERS: dict[str, set[str]] = {
-    "alpha": {A},
-    "beta": {B},
-    "alpha and beta": {A, B},
-    "capital": {C},
-    "one twin": {T1},
-    "both twins": {T1, T2},
-    "a deleted domain": {X},
-    "nothing": set(),
-}
-WIDE = {"from": "2026-01-01", "to": "2026-12-31"}
-DAY = {"date": "2026-02-03", "resolution": "60"}
-# Every route that takes a domain, and what else it needs.
-ROUTES: dict[str, dict[str, str]] = {
-    "/api/calls": {},
-    "/api/call_range": WIDE,
-    "/api/call_feed": {"from": "2026-01-01"},
-    "/api/call_totals": WIDE,
-    "/api/concurrent_calls_by_domain": DAY,
-    "/api/active_calls_by_domain": DAY,
-}
-LISTS = ("/api/calls", "/api/call_range", "/api/call_feed")
-
-
-def set_domains(database: Database) -> None:
-    database.execute("DELETE FROM v_domains")
-    for uuid, name in DOMAINS.items():
-        database.execute("INSERT INTO v_domains (domain_uuid, domain_name) VALUES (%s, %s)", [uuid, name])
-
-
-def add_shapes(database: Database) -> dict[str, Shape]:
-    """A call of each shape; the sum of their billsec tells which of them were counted."""
-    return {
-        database.insert_call(
-            domain_uuid=uuid,
-            domain_name=name,
-            start_stamp="2026-02-03 12:00:00+00",
-            end_stamp=f"2026-02-03 12:01:{number:02}+00",
-            billsec=2**number,
-            direction="inbound",
-        ): Shape(owner, uuid, name, 2**number)
-        for number, (owner, uuid, name) in enumerate(SHAPES)
-    }
-
-
-def granted(database: Database, *uuids: str) -> str:
-    """A token of a new account with grants as they are stored: also of one of two domains with the same name."""
-    email = f"granted{next(database.numbers)}@example.com"
-    token = database.account(email=email)
-    for uuid in uuids:
-        grant = "INSERT INTO cdr_api.grants SELECT account_id, %s FROM cdr_api.accounts WHERE email = %s"
-        database.execute(grant, [uuid, email])
-    return token
-
-
-@dataclass(frozen=True)
-class Shape:
-    owner: str | None
-    uuid: str | None
-    name: str | None
-    billsec: int
 
 
 @dataclass
@@ -147,14 +63,6 @@ def world(make_database: DatabaseMaker, request: pytest.FixtureRequest) -> World
     clients = {who: Client(app, granted(database, *uuids)) for who, uuids in READERS.items()}
     clients["all"] = Client(app, database.account(all_domains=True))
     return World(app, database, calls, undated, clients)
-
-
-def uuids_of(client: Client, path: str, **parameters: str) -> set[str]:
-    response = client.get(path, **parameters)
-    assert response.status_code == 200, response.text
-    found = [call["xml_cdr_uuid"] for call in json.loads(response.data)]
-    assert len(found) == len(set(found))
-    return set(found)
 
 
 def answer(client: Client, path: str, **parameters: str) -> list[dict[str, Any]]:
@@ -220,7 +128,7 @@ def test_peaks_and_activity_count_the_calls_of_the_granted_domains(world: World)
     """All calls are up at 12:00:30. Those of no domain count under the name that they are stored with."""
     for client, owners in readers(world):
         for path, name, count in (("concurrent", "domain_name", "active_calls"), ("active", "domain", "total")):
-            rows = answer(client, f"/api/{path}_calls_by_domain", **DAY)
+            rows = answer(client, f"/api/{path}_calls_by_domain", **HOURS_OF_A_DAY)
             found: Counter[str | None] = Counter()
             for row in rows:
                 if row["start_interval"].startswith("2026-02-03T12:00:00"):
@@ -269,7 +177,7 @@ def test_counts_of_a_domain_are_those_of_its_calls_by_name_and_by_uuid(world: Wo
         (total,) = answer(client, "/api/call_totals", **WIDE, **given)
         assert (total["calls"], total["billsec"]) == (len(world.of({uuid})), world.seconds({uuid}))
         for kind, name, count in (("concurrent", "domain_name", "active_calls"), ("active", "domain", "total")):
-            rows = answer(client, f"/api/{kind}_calls_by_domain", **DAY, **given)
+            rows = answer(client, f"/api/{kind}_calls_by_domain", **HOURS_OF_A_DAY, **given)
             assert {row[name] for row in rows} == {DOMAINS[uuid]}
             assert [row[count] for row in rows] == [0] * 12 + [len(world.of({uuid}))] + [0] * 11
 

@@ -11,7 +11,7 @@ import pytest
 
 import demo
 from tests.conftest import Client, Database, DatabaseMaker
-from tests.test_ownership import DOMAINS, LISTS, ROUTES, A, B, Shape, add_shapes, granted, set_domains, uuids_of
+from tests.shapes import DOMAINS, LISTS, ROUTES, A, B, Shape, add_shapes, granted, set_domains, uuids_of
 
 NEW = "new.example.com"
 EVER = {"from": "2026-01-01"}
