@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from tests.conftest import Client, Database
 
-A, B, C = (f"{letter}0000000-0000-4000-8000-000000000001" for letter in "abc")
+UA, B, C = (f"{letter}0000000-0000-4000-8000-000000000001" for letter in "abc")
 T1, T2 = "d1000000-0000-4000-8000-000000000001", "d2000000-0000-4000-8000-000000000001"
 X = "e0000000-0000-4000-8000-000000000001"  # of a domain that was deleted
-NEVER = "f0000000-0000-4000-8000-000000000001"  # of no domain and of no call
-DOMAINS = {
-    A: "alpha.example.com",
+NO_UUID = "f0000000-0000-4000-8000-000000000001"  # of no domain and of no call
+NAMED = {
+    UA: "alpha.example.com",
     B: "beta.example.com",
     C: "Capital.Example.com",
     T1: "twin.example.com",
@@ -20,15 +20,15 @@ DOMAINS = {
 }
 # The domain that a call belongs to, by its uuid; what is stored as its domain_uuid and as its domain_name.
 SHAPES = (
-    (A, A, "alpha.example.com"),
-    (A, A, "203.0.113.5"),
-    (A, A, "old.example.com"),
-    (A, A, "Alpha.Example.com"),
-    (A, A, "alpha.example.com "),
-    (A, A, None),
-    (A, A, ""),
-    (A, A, "beta.example.com"),
-    (A, None, "alpha.example.com"),
+    (UA, UA, "alpha.example.com"),
+    (UA, UA, "203.0.113.5"),
+    (UA, UA, "old.example.com"),
+    (UA, UA, "Alpha.Example.com"),
+    (UA, UA, "alpha.example.com "),
+    (UA, UA, None),
+    (UA, UA, ""),
+    (UA, UA, "beta.example.com"),
+    (UA, None, "alpha.example.com"),
     (B, B, "beta.example.com"),
     (B, B, "alpha.example.com"),
     (B, None, "beta.example.com"),
@@ -49,38 +49,38 @@ SHAPES = (
     (None, X, "gone.example.com"),
     (None, X, None),
 )
-READERS: dict[str, set[str]] = {
-    "alpha": {A},
+ACCOUNTS_READ: dict[str, set[str]] = {
+    "alpha": {UA},
     "beta": {B},
-    "alpha and beta": {A, B},
+    "alpha and beta": {UA, B},
     "capital": {C},
     "one twin": {T1},
     "both twins": {T1, T2},
     "a deleted domain": {X},
     "nothing": set(),
 }
-WIDE = {"from": "2026-01-01", "to": "2026-12-31"}
+WIDE_SHAPE = {"from": "2026-01-01", "to": "2026-12-31"}
 HOURS_OF_A_DAY = {"date": "2026-02-03", "resolution": "60"}
 # Every route that takes a domain, and what else it needs.
-ROUTES: dict[str, dict[str, str]] = {
+ROUTE: dict[str, dict[str, str]] = {
     "/api/calls": {},
-    "/api/call_range": WIDE,
+    "/api/call_range": WIDE_SHAPE,
     "/api/call_feed": {"from": "2026-01-01"},
-    "/api/call_totals": WIDE,
+    "/api/call_totals": WIDE_SHAPE,
     "/api/concurrent_calls_by_domain": HOURS_OF_A_DAY,
     "/api/active_calls_by_domain": HOURS_OF_A_DAY,
 }
-LISTS = ("/api/calls", "/api/call_range", "/api/call_feed")
+LIST = ("/api/calls", "/api/call_range", "/api/call_feed")
 
 
 def set_domains(database: Database) -> None:
     database.execute("DELETE FROM v_domains")
-    for uuid, name in DOMAINS.items():
+    for uuid, name in NAMED.items():
         database.execute("INSERT INTO v_domains (domain_uuid, domain_name) VALUES (%s, %s)", [uuid, name])
 
 
 def add_shapes(database: Database) -> dict[str, Shape]:
-    """A call of each shape; the sum of their billsec tells which of them were counted."""
+    """UA call of each shape; the sum of their billsec tells which of them were counted."""
     return {
         database.insert_call(
             domain_uuid=uuid,
@@ -95,7 +95,7 @@ def add_shapes(database: Database) -> dict[str, Shape]:
 
 
 def granted(database: Database, *uuids: str) -> str:
-    """A token of a new account with grants as they are stored: also of one of two domains with the same name."""
+    """UA token of a new account with grants as they are stored: also of one of two domains with the same name."""
     email = f"granted{next(database.numbers)}@example.com"
     token = database.account(email=email)
     for uuid in uuids:

@@ -16,16 +16,16 @@ from flask import Flask
 import demo
 from tests.conftest import Client, Database, DatabaseMaker, problem
 from tests.shapes import (
-    DOMAINS,
+    ACCOUNTS_READ,
     HOURS_OF_A_DAY,
-    LISTS,
-    NEVER,
-    READERS,
-    ROUTES,
+    LIST,
+    NAMED,
+    NO_UUID,
+    ROUTE,
     T1,
     T2,
-    WIDE,
-    A,
+    UA,
+    WIDE_SHAPE,
     B,
     C,
     Shape,
@@ -58,9 +58,9 @@ def world(make_database: DatabaseMaker, request: pytest.FixtureRequest) -> World
     database = make_database(request.param)
     set_domains(database)
     calls = add_shapes(database)
-    undated = database.insert_call(domain_uuid=A, domain_name="203.0.113.5", end_stamp=None, billsec=0)
+    undated = database.insert_call(domain_uuid=UA, domain_name="203.0.113.5", end_stamp=None, billsec=0)
     app = database.app()
-    clients = {who: Client(app, granted(database, *uuids)) for who, uuids in READERS.items()}
+    clients = {who: Client(app, granted(database, *uuids)) for who, uuids in ACCOUNTS_READ.items()}
     clients["all"] = Client(app, database.account(all_domains=True))
     return World(app, database, calls, undated, clients)
 
@@ -74,7 +74,7 @@ def answer(client: Client, path: str, **parameters: str) -> list[dict[str, Any]]
 
 def readers(world: World) -> Iterator[tuple[Client, set[str] | None]]:
     for who, client in world.clients.items():
-        yield client, READERS.get(who)
+        yield client, ACCOUNTS_READ.get(who)
 
 
 # Without a domain: the calls of the account's domains; of everything for who reads everything
@@ -82,14 +82,14 @@ def readers(world: World) -> Iterator[tuple[Client, set[str] | None]]:
 
 def test_the_feed_brings_the_calls_of_the_granted_domains_and_everything_to_who_reads_everything(world: World) -> None:
     for client, owners in readers(world):
-        undated = {world.undated} if owners is None or A in owners else set()
+        undated = {world.undated} if owners is None or UA in owners else set()
         assert uuids_of(client, "/api/call_feed", **{"from": "2026-01-01"}) == world.of(owners) | undated
 
 
 def test_totals_count_the_calls_of_the_granted_domains(world: World) -> None:
     for client, owners in readers(world):
         for by in ("end", "start"):
-            (total,) = answer(client, "/api/call_totals", **WIDE, by=by)
+            (total,) = answer(client, "/api/call_totals", **WIDE_SHAPE, by=by)
             assert (total["calls"], total["billsec"]) == (len(world.of(owners)), world.seconds(owners))
 
 
@@ -98,7 +98,7 @@ def test_totals_over_everything_equal_the_table(world: World) -> None:
     where = "WHERE end_stamp IS NOT NULL"
     stored = world.database.execute(f"SELECT count(*), sum(billsec)::bigint FROM v_xml_cdr {where}")[0]
     for group_by in ("domain_uuid", "domain_name", "domain_name,domain_uuid", "domain_uuid,day"):
-        rows = answer(world.clients["all"], "/api/call_totals", **WIDE, group_by=group_by)
+        rows = answer(world.clients["all"], "/api/call_totals", **WIDE_SHAPE, group_by=group_by)
         assert (sum(row["calls"] for row in rows), sum(row["billsec"] for row in rows)) == tuple(stored)
 
 
@@ -111,14 +111,14 @@ def test_totals_group_by_what_the_calls_of_the_feed_say(world: World, group_by: 
         for call in answer(client, "/api/call_feed", **{"from": "2026-01-01"}):
             if call["end_stamp"]:
                 ledger[tuple(call[key] for key in keys)] += call["billsec"]
-        rows = answer(client, "/api/call_totals", **WIDE, group_by=group_by)
+        rows = answer(client, "/api/call_totals", **WIDE_SHAPE, group_by=group_by)
         assert {tuple(row[key] for key in keys): row["billsec"] for row in rows} == ledger
 
 
 def test_lookup_finds_the_calls_of_the_granted_domains(world: World) -> None:
     asked = [*sorted(world.calls), world.undated]
     for client, owners in readers(world):
-        mine = world.of(owners) | ({world.undated} if owners is None or A in owners else set())
+        mine = world.of(owners) | ({world.undated} if owners is None or UA in owners else set())
         found = client.post("/api/call_lookup", json={"xml_cdr_uuid": asked}).get_json()
         assert {call["xml_cdr_uuid"] for call in found["calls"]} == mine
         assert found["not_found"] == [uuid for uuid in asked if uuid not in mine]
@@ -136,7 +136,7 @@ def test_peaks_and_activity_count_the_calls_of_the_granted_domains(world: World)
             expected: Counter[str | None] = Counter()
             for uuid in world.of(owners):
                 call = world.calls[uuid]
-                expected[DOMAINS[call.owner] if call.owner else call.name] += 1
+                expected[NAMED[call.owner] if call.owner else call.name] += 1
             assert +found == expected
             assert sum(row[count] for row in rows) == len(world.of(owners))
 
@@ -145,21 +145,21 @@ def test_an_answer_shows_the_present_name_of_the_domain_and_the_stored_text_wher
     for call in answer(world.clients["all"], "/api/call_feed", **{"from": "2026-01-01"}):
         if call["xml_cdr_uuid"] != world.undated:
             shape = world.calls[call["xml_cdr_uuid"]]
-            assert call["domain_name"] == (DOMAINS[shape.owner] if shape.owner else shape.name), shape
+            assert call["domain_name"] == (NAMED[shape.owner] if shape.owner else shape.name), shape
             assert call["domain_uuid"] == shape.uuid, shape
 
 
 # With a domain ----------------------------------------------------------------
 
-WHOSE = [("alpha", A), ("beta", B), ("alpha and beta", B), ("capital", C), ("all", A), ("all", C)]
+WHOSE = [("alpha", UA), ("beta", B), ("alpha and beta", B), ("capital", C), ("all", UA), ("all", C)]
 
 
 @pytest.mark.parametrize(("who", "uuid"), WHOSE)
-@pytest.mark.parametrize("path", LISTS)
+@pytest.mark.parametrize("path", LIST)
 def test_a_domain_has_the_calls_with_its_uuid_by_name_and_by_uuid(world: World, path: str, who: str, uuid: str) -> None:
-    expected = world.of({uuid}) | ({world.undated} if uuid == A and path != "/api/call_range" else set())
-    for given in ({"domain_name": DOMAINS[uuid]}, {"domain_uuid": uuid}, {"domain_uuid": f"{{{uuid.upper()}}}"}):
-        parameters = ROUTES[path] | given
+    expected = world.of({uuid}) | ({world.undated} if uuid == UA and path != "/api/call_range" else set())
+    for given in ({"domain_name": NAMED[uuid]}, {"domain_uuid": uuid}, {"domain_uuid": f"{{{uuid.upper()}}}"}):
+        parameters = ROUTE[path] | given
         assert uuids_of(world.clients[who], path, **parameters) == expected
         for kind in ("ndjson", "csv"):
             response = world.clients[who].get(path, **parameters, format=kind)
@@ -167,27 +167,27 @@ def test_a_domain_has_the_calls_with_its_uuid_by_name_and_by_uuid(world: World, 
             lines = response.text.splitlines()[kind == "csv" :]
             assert {re.search(r"[-0-9a-f]{36}", line)[0] for line in lines} == expected  # type: ignore[index]
         for call in answer(world.clients[who], path, **parameters, fields="domain_name"):
-            assert call == {"domain_name": DOMAINS[uuid]}
+            assert call == {"domain_name": NAMED[uuid]}
 
 
 @pytest.mark.parametrize(("who", "uuid"), WHOSE)
 def test_counts_of_a_domain_are_those_of_its_calls_by_name_and_by_uuid(world: World, who: str, uuid: str) -> None:
     client = world.clients[who]
-    for given in ({"domain_name": DOMAINS[uuid]}, {"domain_uuid": uuid}):
-        (total,) = answer(client, "/api/call_totals", **WIDE, **given)
+    for given in ({"domain_name": NAMED[uuid]}, {"domain_uuid": uuid}):
+        (total,) = answer(client, "/api/call_totals", **WIDE_SHAPE, **given)
         assert (total["calls"], total["billsec"]) == (len(world.of({uuid})), world.seconds({uuid}))
         for kind, name, count in (("concurrent", "domain_name", "active_calls"), ("active", "domain", "total")):
             rows = answer(client, f"/api/{kind}_calls_by_domain", **HOURS_OF_A_DAY, **given)
-            assert {row[name] for row in rows} == {DOMAINS[uuid]}
+            assert {row[name] for row in rows} == {NAMED[uuid]}
             assert [row[count] for row in rows] == [0] * 12 + [len(world.of({uuid}))] + [0] * 11
 
 
 @pytest.mark.parametrize("path", ["/api/calls", "/api/call_range"])
-@pytest.mark.parametrize("given", [{"domain_name": DOMAINS[A]}, {"domain_uuid": A}])
+@pytest.mark.parametrize("given", [{"domain_name": NAMED[UA]}, {"domain_uuid": UA}])
 def test_pages_bring_calls_with_and_without_a_uuid_in_one_order(world: World, path: str, given: dict[str, str]) -> None:
     client = world.clients["alpha"]
     found: list[str] = []
-    parameters = ROUTES[path] | given | {"limit": "2"}
+    parameters = ROUTE[path] | given | {"limit": "2"}
     while True:
         page = client.get(path, **parameters)
         found += [call["xml_cdr_uuid"] for call in page.get_json()]
@@ -195,33 +195,33 @@ def test_pages_bring_calls_with_and_without_a_uuid_in_one_order(world: World, pa
             break
         parameters = dict(parse_qsl(urlsplit(page.headers["Link"].partition("<")[2].partition(">")[0]).query))
         assert parameters.items() >= given.items()
-    expected = sorted(world.of({A}), key=lambda uuid: world.calls[uuid].billsec)  # in the order of their ends
+    expected = sorted(world.of({UA}), key=lambda uuid: world.calls[uuid].billsec)  # in the order of their ends
     assert found == expected + ([world.undated] if path == "/api/calls" else [])
 
 
 def test_two_domains_of_one_name_are_told_apart_by_uuid_and_the_name_takes_both_grants(world: World) -> None:
     one, both, everything = (world.clients[who] for who in ("one twin", "both twins", "all"))
-    for path in LISTS:
-        assert uuids_of(one, path, **ROUTES[path], domain_uuid=T1) == world.of({T1})
-        assert one.get(path, **ROUTES[path], domain_uuid=T2).status_code == 403
-        assert one.get(path, **ROUTES[path], domain_name=DOMAINS[T1]).status_code == 403
+    for path in LIST:
+        assert uuids_of(one, path, **ROUTE[path], domain_uuid=T1) == world.of({T1})
+        assert one.get(path, **ROUTE[path], domain_uuid=T2).status_code == 403
+        assert one.get(path, **ROUTE[path], domain_name=NAMED[T1]).status_code == 403
         for client in (both, everything):
-            assert uuids_of(client, path, **ROUTES[path], domain_uuid=T2) == world.of({T2})
-            # A call without a uuid that bears the name is nobody's: nothing tells whose.
-            assert uuids_of(client, path, **ROUTES[path], domain_name=DOMAINS[T1]) == world.of({T1, T2})
+            assert uuids_of(client, path, **ROUTE[path], domain_uuid=T2) == world.of({T2})
+            # UA call without a uuid that bears the name is nobody's: nothing tells whose.
+            assert uuids_of(client, path, **ROUTE[path], domain_name=NAMED[T1]) == world.of({T1, T2})
 
 
-@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("path", ROUTE)
 def test_every_domain_that_is_not_ours_is_refused_with_the_same_bytes(world: World, path: str) -> None:
     """Foreign ones, unknown ones, names that differ by blanks or capitals; by name and by uuid."""
     given = [
         {"domain_name": name} for name in ("beta.example.com", "no.such.domain", "gone.example.com", "203.0.113.5")
     ]
     given += [{"domain_name": name} for name in ("ALPHA.example.com", "alpha.example.com ", " alpha.example.com", "*")]
-    given += [{"domain_uuid": uuid} for uuid in (B, T1, X, NEVER)]
+    given += [{"domain_uuid": uuid} for uuid in (B, T1, X, NO_UUID)]
     for who in ("alpha", "nothing"):
         answers = [
-            world.clients[who].send("GET", path, query_string=ROUTES[path] | one, headers={"X-Request-ID": "1"})
+            world.clients[who].send("GET", path, query_string=ROUTE[path] | one, headers={"X-Request-ID": "1"})
             for one in given
         ]
         assert {(found.status_code, found.data, str(found.headers)) for found in answers} == {
@@ -230,42 +230,42 @@ def test_every_domain_that_is_not_ours_is_refused_with_the_same_bytes(world: Wor
         problem(answers[0])
 
 
-@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("path", ROUTE)
 def test_our_name_beside_a_uuid_that_is_not_ours_does_not_tell_whether_that_exists(world: World, path: str) -> None:
     answers = [
         world.clients["alpha"].send(
             "GET",
             path,
-            query_string=ROUTES[path] | {"domain_name": DOMAINS[A], "domain_uuid": uuid},
+            query_string=ROUTE[path] | {"domain_name": NAMED[UA], "domain_uuid": uuid},
             headers={"X-Request-ID": "1"},
         )
-        for uuid in (B, T1, X, NEVER)
+        for uuid in (B, T1, X, NO_UUID)
     ]
     assert len({(found.status_code, found.data, str(found.headers)) for found in answers}) == 1
     assert answers[0].status_code in (403, 422)
 
 
-@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("path", ROUTE)
 def test_who_reads_everything_is_told_that_a_domain_does_not_exist(world: World, path: str) -> None:
     """Also where there are calls with its uuid: they belong to no domain."""
-    for given in ({"domain_name": "gone.example.com"}, {"domain_uuid": X}, {"domain_uuid": NEVER}):
-        response = world.clients["all"].get(path, **ROUTES[path], **given)
+    for given in ({"domain_name": "gone.example.com"}, {"domain_uuid": X}, {"domain_uuid": NO_UUID}):
+        response = world.clients["all"].get(path, **ROUTE[path], **given)
         assert response.status_code == 404
         problem(response)
 
 
-@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("path", ROUTE)
 def test_a_name_and_a_uuid_that_disagree_are_refused(world: World, path: str) -> None:
     for who in ("alpha and beta", "all"):
-        response = world.clients[who].get(path, **ROUTES[path], domain_name=DOMAINS[A], domain_uuid=B)
+        response = world.clients[who].get(path, **ROUTE[path], domain_name=NAMED[UA], domain_uuid=B)
         assert response.status_code == 422, response.text
         assert "domain_uuid" in problem(response)["data"]
 
 
-@pytest.mark.parametrize("path", ROUTES)
-@pytest.mark.parametrize("text", ["", "alpha.example.com", A[:-1], f"{A} ", f"+{A[1:]}", "null"])
+@pytest.mark.parametrize("path", ROUTE)
+@pytest.mark.parametrize("text", ["", "alpha.example.com", UA[:-1], f"{UA} ", f"+{UA[1:]}", "null"])
 def test_a_domain_uuid_must_be_a_uuid(world: World, path: str, text: str) -> None:
-    response = world.clients["alpha"].get(path, **ROUTES[path], domain_uuid=text)
+    response = world.clients["alpha"].get(path, **ROUTE[path], domain_uuid=text)
     assert response.status_code == 422
     assert "domain_uuid" in problem(response)["data"]
 
@@ -273,7 +273,7 @@ def test_a_domain_uuid_must_be_a_uuid(world: World, path: str, text: str) -> Non
 def test_a_domain_must_be_named_once_where_one_is_needed(world: World) -> None:
     client = world.clients["alpha"]
     for path in ("/api/calls", "/api/call_range"):
-        assert client.get(path, **ROUTES[path]).status_code == 422
-        twice = client.send("GET", path, query_string=[*ROUTES[path].items(), ("domain_uuid", A), ("domain_uuid", A)])
+        assert client.get(path, **ROUTE[path]).status_code == 422
+        twice = client.send("GET", path, query_string=[*ROUTE[path].items(), ("domain_uuid", UA), ("domain_uuid", UA)])
         assert twice.status_code == 422
         assert list(problem(twice)["data"]) == ["domain_uuid"]

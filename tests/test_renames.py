@@ -11,11 +11,22 @@ import pytest
 
 import demo
 from tests.conftest import Client, Database, DatabaseMaker
-from tests.shapes import DOMAINS, LISTS, ROUTES, A, B, Shape, add_shapes, granted, set_domains, uuids_of
+from tests.shapes import (
+    LIST,
+    NAMED,
+    ROUTE,
+    UA,
+    B,
+    Shape,
+    add_shapes,
+    granted,
+    set_domains,
+    uuids_of,
+)
 
 NEW = "new.example.com"
 EVER = {"from": "2026-01-01"}
-WIDE = EVER | {"to": "2100-01-01"}
+WIDE_RANGE = EVER | {"to": "2100-01-01"}
 
 
 def rename(database: Database, uuid: str, name: str) -> None:
@@ -42,7 +53,7 @@ def poller(client: Client, **parameters: str) -> Callable[[], dict[str, str | No
 
 
 def totals(client: Client, **parameters: str) -> list[dict[str, Any]]:
-    response = client.get("/api/call_totals", **WIDE, **parameters)
+    response = client.get("/api/call_totals", **WIDE_RANGE, **parameters)
     assert response.status_code == 200, response.text
     found: list[dict[str, Any]] = json.loads(response.data)
     return found
@@ -57,42 +68,47 @@ def test_a_rename_changes_the_name_and_loses_nothing(make_database: DatabaseMake
     database = make_database(release)
     set_domains(database)
     app = database.app()
-    wide = dict(zip(LISTS, ({}, WIDE, EVER), strict=True))
-    ours, everything = Client(app, granted(database, A)), Client(app, database.account(all_domains=True))
-    pollers = [poller(ours), poller(ours, domain_uuid=A), poller(everything), poller(everything, domain_uuid=A)]
+    wide = dict(zip(LIST, ({}, WIDE_RANGE, EVER), strict=True))
+    ours, everything = Client(app, granted(database, UA)), Client(app, database.account(all_domains=True))
+    pollers = [
+        poller(ours),
+        poller(ours, domain_uuid=UA),
+        poller(everything),
+        poller(everything, domain_uuid=UA),
+    ]
 
-    def store(uuid: str | None = A, name: str = DOMAINS[A]) -> str:
-        # A feed looks for late calls among those that ended lately.
+    def store(uuid: str | None = UA, name: str = NAMED[UA]) -> str:
+        # UA feed looks for late calls among those that ended lately.
         return database.insert_call(domain_uuid=uuid, domain_name=name, end_stamp=f"{datetime.now(UTC):%F %T}")
 
     before = store()
-    assert [poll() for poll in pollers] == [{before: DOMAINS[A]}] * 4
+    assert [poll() for poll in pollers] == [{before: NAMED[UA]}] * 4
 
-    rename(database, A, NEW)
+    rename(database, UA, NEW)
     within = store()  # by an importer that read the name from the channel
     assert [poll() for poll in pollers] == [{within: NEW}] * 4
-    for path in LISTS:
-        for given in ({"domain_name": NEW}, {"domain_uuid": A}):
+    for path in LIST:
+        for given in ({"domain_name": NEW}, {"domain_uuid": UA}):
             assert uuids_of(ours, path, **wide[path], **given) == {before, within}
-        assert ours.get(path, **wide[path], domain_name=DOMAINS[A]).status_code == 403
+        assert ours.get(path, **wide[path], domain_name=NAMED[UA]).status_code == 403
     assert by_name(ours) == by_name(everything) == {NEW: 2}
 
     sql = "UPDATE v_xml_cdr SET domain_name = %s WHERE domain_name = %s AND domain_uuid = %s"
-    database.execute(sql, [NEW, DOMAINS[A], A])  # which brings them again: rows that were written anew
+    database.execute(sql, [NEW, NAMED[UA], UA])  # which brings them again: rows that were written anew
     after = store()
     assert [poll() for poll in pollers] == [dict.fromkeys((before, within, after), NEW)] * 4
 
     taken = "a9000000-0000-4000-8000-000000000001"  # the name that is free again, by another customer
-    add_domain(database, taken, DOMAINS[A])
+    add_domain(database, taken, NAMED[UA])
     theirs = Client(app, granted(database, taken))
     last, other, other_by_name = store(), store(taken), store(None)
     assert [poll() for poll in pollers[:2]] == [{last: NEW}] * 2
-    assert pollers[2]() == {last: NEW, other: DOMAINS[A], other_by_name: DOMAINS[A]}
+    assert pollers[2]() == {last: NEW, other: NAMED[UA], other_by_name: NAMED[UA]}
     assert uuids_of(ours, "/api/calls", domain_name=NEW) == {before, within, after, last}
-    assert ours.get("/api/calls", domain_name=DOMAINS[A]).status_code == 403
-    assert uuids_of(theirs, "/api/calls", domain_name=DOMAINS[A]) == {other, other_by_name}
-    assert by_name(theirs) == {DOMAINS[A]: 2}
-    assert by_name(everything) == {NEW: 4, DOMAINS[A]: 2}
+    assert ours.get("/api/calls", domain_name=NAMED[UA]).status_code == 403
+    assert uuids_of(theirs, "/api/calls", domain_name=NAMED[UA]) == {other, other_by_name}
+    assert by_name(theirs) == {NAMED[UA]: 2}
+    assert by_name(everything) == {NEW: 4, NAMED[UA]: 2}
     assert by_name(ours) == {NEW: 4}
 
 
@@ -100,11 +116,15 @@ def test_a_name_given_back_brings_the_old_name_back(make_database: DatabaseMaker
     """Two renames, and two domains that swap their names: the uuid stays whose the calls are."""
     database = make_database()
     set_domains(database)
-    client = Client(database.app(), granted(database, A))
-    mine = {database.insert_call(domain_uuid=A, domain_name=name) for name in (DOMAINS[A], DOMAINS[B], NEW)}
-    database.insert_call(domain_uuid=B, domain_name=DOMAINS[B])
-    for name, others in ((NEW, DOMAINS[B]), (DOMAINS[B], DOMAINS[A]), (DOMAINS[A], DOMAINS[B])):
-        rename(database, A, name)
+    client = Client(database.app(), granted(database, UA))
+    mine = {database.insert_call(domain_uuid=UA, domain_name=name) for name in (NAMED[UA], NAMED[B], NEW)}
+    database.insert_call(domain_uuid=B, domain_name=NAMED[B])
+    for name, others in (
+        (NEW, NAMED[B]),
+        (NAMED[B], NAMED[UA]),
+        (NAMED[UA], NAMED[B]),
+    ):
+        rename(database, UA, name)
         rename(database, B, others)
         assert uuids_of(client, "/api/calls", domain_name=name) == mine
         assert by_name(client) == {name: 3}
@@ -117,29 +137,29 @@ def test_who_takes_a_freed_name_gets_none_of_the_old_calls(make_database: Databa
     archive = make_database() if separate else database
     set_domains(database)
     app = database.app(**({"CDR_API_CALLS_DSN": archive.dsn} if separate else {}))
-    deleted = Client(app, granted(database, A))
-    old = {archive.insert_call(domain_uuid=A, billsec=61) for _ in range(3)}
-    database.execute("DELETE FROM v_domains WHERE domain_uuid = %s", [A])  # the calls stay: it did not finish
+    deleted = Client(app, granted(database, UA))
+    old = {archive.insert_call(domain_uuid=UA, billsec=61) for _ in range(3)}
+    database.execute("DELETE FROM v_domains WHERE domain_uuid = %s", [UA])  # the calls stay: it did not finish
     new_uuid = "a9000000-0000-4000-8000-000000000001"
-    add_domain(database, new_uuid, DOMAINS[A])
+    add_domain(database, new_uuid, NAMED[UA])
     new = {archive.insert_call(domain_uuid=new_uuid)}
-    customer = Client(app, database.account(DOMAINS[A]))  # granted by name, as the command does
+    customer = Client(app, database.account(NAMED[UA]))  # granted by name, as the command does
     everything = Client(app, database.account(all_domains=True))
-    for path in LISTS:
+    for path in LIST:
         for client in (customer, everything):
-            assert uuids_of(client, path, **ROUTES[path], domain_name=DOMAINS[A]) == new
-            assert uuids_of(client, path, **ROUTES[path], domain_uuid=new_uuid) == new
-        assert everything.get(path, **ROUTES[path], domain_uuid=A).status_code == 404
+            assert uuids_of(client, path, **ROUTE[path], domain_name=NAMED[UA]) == new
+            assert uuids_of(client, path, **ROUTE[path], domain_uuid=new_uuid) == new
+        assert everything.get(path, **ROUTE[path], domain_uuid=UA).status_code == 404
         for client in (customer, deleted):
-            assert client.get(path, **ROUTES[path], domain_uuid=A).status_code == 403
-        assert deleted.get(path, **ROUTES[path], domain_name=DOMAINS[A]).status_code == 403
+            assert client.get(path, **ROUTE[path], domain_uuid=UA).status_code == 403
+        assert deleted.get(path, **ROUTE[path], domain_name=NAMED[UA]).status_code == 403
     assert uuids_of(customer, "/api/call_feed", **EVER) == new
     assert uuids_of(deleted, "/api/call_feed", **EVER) == set()
     assert uuids_of(everything, "/api/call_feed", **EVER) == old | new
     assert [totals(client)[0]["calls"] for client in (customer, deleted, everything)] == [1, 0, 4]
     assert totals(everything)[0]["billsec"] == 3 * 61 + 1
     assert {row["domain_uuid"]: row["calls"] for row in totals(everything, group_by="domain_uuid")} == {
-        A: 3,
+        UA: 3,
         new_uuid: 1,
     }
     found = customer.post("/api/call_lookup", json={"xml_cdr_uuid": sorted(old | new)}).get_json()
@@ -171,8 +191,8 @@ ARCHIVES = {
     "with the same domains": [],
     "with stale names": ["UPDATE v_domains SET domain_name = 'stale.' || domain_name"],
     "with the names of other domains": [
-        f"UPDATE v_domains SET domain_name = '{DOMAINS[B]}' WHERE domain_uuid = '{A}'",
-        f"UPDATE v_domains SET domain_name = '{DOMAINS[A]}' WHERE domain_uuid = '{B}'",
+        f"UPDATE v_domains SET domain_name = '{NAMED[B]}' WHERE domain_uuid = '{UA}'",
+        f"UPDATE v_domains SET domain_name = '{NAMED[UA]}' WHERE domain_uuid = '{B}'",
     ],
     "with other uuids": ["UPDATE v_domains SET domain_uuid = gen_random_uuid()"],
     "with every name twice": [
@@ -191,7 +211,7 @@ def databases(make_database: DatabaseMaker) -> tuple[Database, Database, dict[st
     database, archive = make_database(), make_database()
     set_domains(archive)
     archive.execute("CREATE TABLE saved AS TABLE v_domains")
-    database.insert_call(domain_uuid=A)
+    database.insert_call(domain_uuid=UA)
     return database, archive, add_shapes(archive)
 
 
@@ -206,14 +226,14 @@ def test_the_domains_beside_the_accounts_say_whose_the_calls_of_an_archive_are(
     archive.execute("GRANT SELECT ON v_domains TO cdr_api")
     for statement in ARCHIVES[kind]:
         archive.execute(statement)
-    mine = {uuid for uuid, call in calls.items() if call.owner == A}
+    mine = {uuid for uuid, call in calls.items() if call.owner == UA}
     app = database.app(CDR_API_CALLS_DSN=archive.dsn)
-    ours, everything = Client(app, granted(database, A)), Client(app, database.account(all_domains=True))
+    ours, everything = Client(app, granted(database, UA)), Client(app, database.account(all_domains=True))
 
     def check(name: str, expected: set[str]) -> None:
-        for path in LISTS:
-            for given in ({"domain_name": name}, {"domain_uuid": A}):
-                assert uuids_of(ours, path, **ROUTES[path], **given) == expected
+        for path in LIST:
+            for given in ({"domain_name": name}, {"domain_uuid": UA}):
+                assert uuids_of(ours, path, **ROUTE[path], **given) == expected
         assert uuids_of(ours, "/api/call_feed", **EVER) == expected
         assert by_name(ours) == {name: len(expected)}
         found = ours.post("/api/call_lookup", json={"xml_cdr_uuid": sorted(calls)}).get_json()
@@ -222,10 +242,10 @@ def test_the_domains_beside_the_accounts_say_whose_the_calls_of_an_archive_are(
         total = totals(everything)[0]
         assert (total["calls"], total["billsec"]) == (len(calls), 2 ** len(calls) - 1)
 
-    check(DOMAINS[A], mine)
-    # A rename does not reach an archive, which keeps serving the whole history. Only a call that has no uuid, and
+    check(NAMED[UA], mine)
+    # UA rename does not reach an archive, which keeps serving the whole history. Only a call that has no uuid, and
     # nothing but the old name, is nobody's from now on.
-    rename(database, A, NEW)
+    rename(database, UA, NEW)
     check(NEW, {uuid for uuid in mine if calls[uuid].uuid})
 
 
@@ -233,11 +253,11 @@ def test_the_feed_of_an_archive_goes_on_over_a_rename(make_database: DatabaseMak
     database, archive = make_database(), make_database()
     set_domains(database)
     archive.execute("DROP TABLE v_domains")
-    client = Client(database.app(CDR_API_CALLS_DSN=archive.dsn), granted(database, A))
-    polls = [poller(client), poller(client, domain_uuid=A)]
-    first = archive.insert_call(domain_uuid=A)
-    assert [poll() for poll in polls] == [{first: DOMAINS[A]}] * 2
-    rename(database, A, NEW)
-    second = archive.insert_call(domain_uuid=A)
+    client = Client(database.app(CDR_API_CALLS_DSN=archive.dsn), granted(database, UA))
+    polls = [poller(client), poller(client, domain_uuid=UA)]
+    first = archive.insert_call(domain_uuid=UA)
+    assert [poll() for poll in polls] == [{first: NAMED[UA]}] * 2
+    rename(database, UA, NEW)
+    second = archive.insert_call(domain_uuid=UA)
     assert [poll() for poll in polls] == [{second: NEW}] * 2
     assert by_name(client) == {NEW: 2}
