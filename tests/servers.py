@@ -193,7 +193,7 @@ def slow(execute: Callable[[str], object], seconds: float = 0.001) -> Iterator[N
 
     The service finds a view before the table; whatever connection it has ends, so that it does.
     """
-    end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
+    end = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = current_database()"
     setting = "ALTER ROLE cdr_api IN DATABASE %I {} search_path"
     execute("CREATE SCHEMA slow")
     execute(f"CREATE VIEW slow.v_xml_cdr AS SELECT * FROM v_xml_cdr WHERE pg_sleep({seconds}) IS NOT NULL")

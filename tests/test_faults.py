@@ -337,6 +337,7 @@ def test_a_recovery_conflict_before_the_first_byte_is_503(
         wait_for(lambda: standby.sessions("wait_event = 'PgSleep'"))
         conflict(node)
         check_unavailable(future.result())
+    wait_for(lambda: has_replayed(standby, last_written(node)))  # the end of slow() conflicts as well
     assert works(replicated, token)
 
 

@@ -15,11 +15,10 @@ from tests.commands import check
 from tests.conftest import Client, Database, DatabaseMaker, problem, wait_for
 
 ALPHA, BETA = "alpha.example.com", "beta.example.com"
-NOW = datetime.now(UTC)
 
 
 def days_ago(days: float) -> str:
-    return (NOW - timedelta(days=days)).isoformat()
+    return (datetime.now(UTC) - timedelta(days=days)).isoformat()
 
 
 class Poller:

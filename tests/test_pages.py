@@ -256,7 +256,8 @@ def test_docs_take_a_pasted_token(database: Database, client: Client, visit: Ope
 # usage ------------------------------------------------------------------------
 
 HELPERS = """(coalesce(leg::text, 'a') <> 'a' OR coalesce(hangup_cause, '') = 'LOSE_RACE'
-              OR coalesce(cc_side, '') = 'agent' OR originating_leg_uuid IS NOT NULL)"""
+              OR (coalesce(cc_side, '') = 'agent' OR originating_leg_uuid IS NOT NULL)
+             AND NOT (direction = 'outbound' AND coalesce(billsec, 0) > 0))"""
 NOVEMBER = "domain_name = 'alpha.example.com' AND end_stamp >= '2026-11-01' AND end_stamp < '2026-12-01'"
 
 
@@ -313,11 +314,11 @@ def test_usage_shows_what_was_called_longest(database: Database, november: Visit
 
 
 @in_a_browser
-@pytest.mark.parametrize(("without_helpers", "condition"), [(True, f"NOT {HELPERS}"), (False, "true")])
+@pytest.mark.parametrize(("billable_only", "condition"), [(True, f"NOT {HELPERS}"), (False, "true")])
 def test_usage_shows_what_the_database_holds(
-    database: Database, november: Visit, *, without_helpers: bool, condition: str
+    database: Database, november: Visit, *, billable_only: bool, condition: str
 ) -> None:
-    november.page.get_by_label("Without helper legs").set_checked(without_helpers)
+    november.page.get_by_label("What can cost money").set_checked(billable_only)
     november.wait_until_read("November 2026")
     days, peaks = count_days(database, condition), count_peaks(database, condition)
     assert len(days) > 5
