@@ -38,14 +38,21 @@ LOCK TABLE v_xml_cdr IN ACCESS SHARE MODE;
 
 -- name: take_stream_slot
 -- One row: whether the account gets a slot for another long answer: one of its
--- advisory locks (of a server, shared by all workers), which end with the transaction. 1667527680 is "cdr" as the first three bytes.
+-- advisory locks (of a server, shared by all workers), which end with the transaction.
+-- 1667527680 is "cdr" as the first three bytes. And what the snapshot says of the table,
+-- so that statements need not provide for everything: nameless, whether there may be calls
+-- without a domain_uuid; zoned, whether stamps are instants.
 -- alone: an index brings the rows in their order, and one process is as fast as
 -- several that go through it, which take all processors of the PBX. Without the
 -- index they share the search.
 SELECT has_slot,
        set_config('statement_timeout', CASE WHEN has_slot THEN %(statement_timeout)s::text ELSE '1s' END, true),
        set_config('max_parallel_workers_per_gather',
-                  CASE WHEN %(alone)s THEN '0' ELSE current_setting('max_parallel_workers_per_gather') END, true)
+                  CASE WHEN %(alone)s THEN '0' ELSE current_setting('max_parallel_workers_per_gather') END, true),
+       CASE WHEN %(probed)s THEN EXISTS (SELECT FROM v_xml_cdr WHERE domain_uuid IS NULL) ELSE true END AS nameless,
+       (SELECT count(*) = 3 FROM pg_attribute
+         WHERE attrelid = to_regclass('v_xml_cdr') AND attname IN ('start_stamp', 'answer_stamp', 'end_stamp')
+           AND atttypid = 'timestamptz'::regtype) AS zoned
   FROM (SELECT EXISTS (SELECT FROM generate_series(1, %(streams)s) AS slot
                         WHERE pg_try_advisory_xact_lock(1667527680 + slot, %(account_id)s)) AS has_slot
         OFFSET 0) AS attempt;
@@ -81,6 +88,9 @@ PREPARE {name} AS {query};
 -- name: execute
 EXECUTE {name} ({values});
 
+-- name: execute_planned
+EXECUTE {name};
+
 -- name: deallocate
 DEALLOCATE {name};
 
@@ -102,6 +112,7 @@ DEALLOCATE {name};
 --
 -- {start_at}, {answer_at} and {end_at} are an instant each. Where {end_is_zoned} is not
 -- so, bounds of the epoch let an index on that find the calls of a range.
+-- IS TRUE keeps -infinity from the index, whose scan would begin there instead of at the key.
 -- The comparison of end_at with after_stamp alone adds nothing but this: by it
 -- PostgreSQL leaves out the partitions of earlier months, by that of the key not.
 -- scale(x) is NULL for NaN and Infinity, and 0 for what is whole, as it nearly always
@@ -183,7 +194,7 @@ DEALLOCATE {name};
           AND (%(by)s <> 'start'
                OR at.start_at >= %(from)s::timestamptz AND at.start_at < %(to)s::timestamptz)
           AND (%(part)s <> 'dated'
-               OR at.end_at > '-infinity'
+               OR (at.end_at > '-infinity') IS TRUE
               AND at.end_at >= %(after_stamp)s::timestamptz
               AND (at.end_at, at.key) > (%(after_stamp)s::timestamptz, %(after_uuid)s::uuid)
               AND (%(by)s <> 'end' OR at.end_at < %(to)s::timestamptz)
@@ -230,6 +241,10 @@ CASE WHEN {zoned} THEN cdr.{stamp}::timestamptz
                                      WHEN cdr.{stamp}::text ~ ':' THEN ' ' || %(zone)s::text
                                      ELSE ' 00:00 ' || %(zone)s::text END)::timestamptz END
 
+-- name: zoned_instant
+-- No statement but a value: the same where the column is known to be timestamptz.
+cdr.{stamp}
+
 -- name: readable
 -- No statement but a condition: a text is a date or a datetime that exists. Without a
 -- backslash, which some databases read in another way.
@@ -240,12 +255,24 @@ CASE WHEN {zoned} THEN cdr.{stamp}::timestamptz
      || '([T ]([01][0-9]|2[0-3]):[0-5][0-9](:([0-5][0-9]([.][0-9]+)?|60))?'
      || ' *(Z|[+-](0[0-9]|1[0-5])(:?[0-5][0-9])?)?)? *$'))
 
+-- name: calls_with_uuid
+-- What matching_calls reads from, for one domain, where no row lacks a domain_uuid.
+-- {columns} are those of the table, with xmin for the feed.
+(SELECT {columns}, (%(domain_names)s::text[])[1] AS present_name
+   FROM v_xml_cdr AS cdr
+  WHERE cdr.domain_uuid = %(domain_uuid)s::uuid)
+
 -- name: calls_of_domain
--- What matching_calls reads from, for one domain: the rows that bear its uuid, and
--- of those without a uuid the ones that bear its name (lone_name: if no other domain
--- bears it too). {columns} are those of the table, with xmin for the feed. {order} is
--- in_order where an index brings the first part so: then the two are merged, and the
--- second, of few rows, alone is sorted.
+-- The rows that bear its uuid, and of those without a uuid the ones that bear its name
+-- (lone_name: if no other domain bears it too).
+(SELECT {columns}, (%(domain_names)s::text[])[1] AS present_name
+   FROM v_xml_cdr AS cdr
+  WHERE cdr.domain_uuid = %(domain_uuid)s::uuid
+     OR cdr.domain_uuid IS NULL AND cdr.domain_name = %(lone_name)s::text)
+
+-- name: calls_in_parts
+-- The same where an index is on domain_uuid. {order} is in_order where it brings the
+-- first part so: then the two are merged, and the second, of few rows, alone is sorted.
 ((SELECT {columns}, (%(domain_names)s::text[])[1] AS present_name
     FROM v_xml_cdr AS cdr
    WHERE cdr.domain_uuid = %(domain_uuid)s::uuid{order})
@@ -309,7 +336,8 @@ CASE WHEN {column}::text ~ '^[=+@\t\r\n-]' THEN '''' || {column} ELSE {column}::
 
 -- name: examine_session
 -- One row: pid, the process that serves us; whether an index brings the calls of a
--- domain in the order of the key, or those of a range by its epochs; lockable, whether LOCK TABLE takes the table; and
+-- domain in the order of the key, or those of a range by its epochs; probed, whether it
+-- does so for all of the table (a part that is a foreign table, or that inherits, has none of its indexes); lockable, whether LOCK TABLE takes the table; and
 -- doubled, whether nothing keeps a plain table from holding a key twice.
 WITH indexes AS (
     SELECT i.indisvalid, i.indisunique, i.indpred,
@@ -318,17 +346,25 @@ WITH indexes AS (
              WHERE a.attrelid = i.indexrelid AND a.attnum <= i.indnkeyatts) AS columns
       FROM pg_index AS i
      WHERE i.indrelid = to_regclass('v_xml_cdr')
+), served AS (
+    SELECT EXISTS (SELECT FROM indexes WHERE indisvalid AND indpred IS NULL
+                      AND columns[1:3] = ARRAY['domain_uuid', 'end_stamp', 'xml_cdr_uuid']) AS indexed,
+           EXISTS (SELECT FROM indexes WHERE indisvalid AND indpred IS NULL
+                      AND columns[1:2] = ARRAY['domain_uuid', 'end_epoch']) AS epochs_indexed
 )
-SELECT pg_backend_pid() AS pid,
-       EXISTS (SELECT FROM indexes WHERE indisvalid AND indpred IS NULL
-                  AND columns[1:3] = ARRAY['domain_uuid', 'end_stamp', 'xml_cdr_uuid']) AS indexed,
-       EXISTS (SELECT FROM indexes WHERE indisvalid AND indpred IS NULL
-                  AND columns[1:2] = ARRAY['domain_uuid', 'end_epoch']) AS epochs_indexed,
+SELECT pg_backend_pid() AS pid, indexed, epochs_indexed,
+       (indexed OR epochs_indexed)
+           AND NOT EXISTS (SELECT FROM pg_inherits AS i
+                             JOIN pg_class AS part ON part.oid = i.inhrelid
+                             JOIN pg_class AS whole ON whole.oid = i.inhparent
+                            WHERE i.inhparent = to_regclass('v_xml_cdr')
+                              AND (part.relkind = 'f' OR whole.relkind <> 'p')) AS probed,
        EXISTS (SELECT FROM indexes WHERE indisvalid AND columns[1:2] = ARRAY['domain_name', 'end_stamp']) AS nameless_indexed,
        coalesce((SELECT relkind IN ('r', 'p', 'v') FROM pg_class WHERE oid = to_regclass('v_xml_cdr')), true) AS lockable,
        coalesce((SELECT relkind IN ('r', 'p') FROM pg_class WHERE oid = to_regclass('v_xml_cdr')), false)
            AND NOT EXISTS (SELECT FROM indexes WHERE indisunique AND indisvalid AND indpred IS NULL
-                              AND columns && ARRAY['uuid', 'xml_cdr_uuid']) AS doubled;
+                              AND columns && ARRAY['uuid', 'xml_cdr_uuid']) AS doubled
+  FROM served;
 
 -- name: probe_calls
 -- No row; an error where calls cannot be read.

@@ -124,7 +124,7 @@ def find_plan(connection: Connection, start: str, end: str) -> Iterator[dict[str
     """The nodes of the plan for the range of a domain, of the statement that serves it."""
     domains, until = Domains([FIRST_UUID], [""], [""]), datetime.fromisoformat(end)
     selection = Selection(domains, by="end", part="dated", after=(start, FIRST_UUID), end=until)
-    select_calls = compose_select(FIELDS, Source(selection.domains.statement, ordered=True, feed=False, distinct=False))
+    select_calls = compose_select(FIELDS, Source("calls_in_parts", ordered=True, feed=False, distinct=False))
     explain = STATEMENTS["explain"].as_string()
     query = mogrify(connection, f"{explain} {select_calls}", selection.parameters())
     with connection.transaction(force_rollback=True):

@@ -51,8 +51,14 @@ class PooledConnection(Connection):
     silence_seconds = LOOKUP_SECONDS
     has_stream_slot = True  # whether its transaction holds one of the account's
     indexed = False  # whether an index brings a domain's calls in their order
+    epochs_indexed = False  # whether an index brings those of a range by its epochs, in 4.x
+    probed = (
+        False  # whether one of the two tells at once, of all of the table, if there are calls without a domain_uuid
+    )
     lockable = True  # whether LOCK TABLE takes v_xml_cdr, which may be a foreign table
     doubled = False  # whether nothing keeps v_xml_cdr from holding a call twice
+    nameless = True  # whether there may be calls without a domain_uuid; in a transaction that take_stream_slot began
+    zoned = False  # whether stamps are known to be timestamptz; in such a transaction
     # The name of each statement that is prepared on it, by its text; None: there must be none.
     prepared: dict[str, str] | None = None
 
@@ -120,9 +126,8 @@ class Database:
         """
         self.note(reachable=True)
         found = run(connection, "examine_session")[0]
-        connection.indexed, connection.lockable, connection.doubled = (
-            found[name] for name in ("indexed", "lockable", "doubled")
-        )
+        for name in ("indexed", "epochs_indexed", "probed", "lockable", "doubled"):
+            setattr(connection, name, found[name])
         connection.prepared = {} if found["pid"] == connection.info.backend_pid else None
 
     @contextmanager
@@ -161,6 +166,7 @@ class Database:
     def give_back(self, connection: PooledConnection) -> None:
         """Takes a connection in any state: cancels what runs on it, rolls back."""
         connection.silence_seconds = LOOKUP_SECONDS
+        connection.nameless, connection.zoned = True, False
         end_transaction(connection)
         self.pool.putconn(connection)
 
@@ -241,6 +247,17 @@ def prepare(connection: PooledConnection, query: str) -> str:
         connection.execute(STATEMENTS["prepare"].format(name=sql.Identifier(name), query=sql.SQL(query)))
         prepared[query] = name
     return prepared[query]
+
+
+def run_planned(connection: PooledConnection, statement: str) -> list[dict[str, Any]]:
+    """The rows of a statement of queries.sql without parameters on catalogs, planned once for the connection.
+
+    Not for tables: to EXECUTE one that was being rewritten would look empty.
+    """
+    if connection.prepared is None:
+        return run(connection, statement)
+    name = sql.Identifier(prepare(connection, STATEMENTS[statement].as_string().replace("%%", "%")))
+    return connection.execute(STATEMENTS["execute_planned"].format(name=name)).fetchall()
 
 
 def select_prepared(connection: PooledConnection, name: str, parameters: Sequence[bytes]) -> list[bytes]:

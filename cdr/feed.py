@@ -11,11 +11,12 @@ from typing import Any, NoReturn
 
 from cdr.accounts import Account
 from cdr.cursors import read_cursor
-from cdr.database import Connection, run
+from cdr.database import Connection, PooledConnection, run, run_planned
 from cdr.errors import ApiError, unavailable
 from cdr.ranges import EARLIEST, clamp, find_edge, find_zone
 from cdr.selection import Domains, Key, Selection
 from cdr.service import Service
+from cdr.statements import STATEMENTS
 
 FEED_VERSION = 2
 # Transaction ids are compared by 32 bits: a cursor may be almost half of them old.
@@ -71,9 +72,9 @@ class Horizon:
 
 def find_horizon(service: Service) -> Horizon:
     with service.calls.connection() as connection:
-        found = run(connection, "find_horizon")[0]
+        found = run_planned(connection, "find_horizon")[0]
         if not found["durable"]:
-            run(connection, "flush_wal")
+            connection.execute(STATEMENTS["flush_wal"])
     return Horizon(int(found["horizon"]), found["timeline"], found["position"])
 
 
@@ -175,9 +176,9 @@ def check_rows(connection: Connection, cursor: FeedCursor, selection: Selection,
 # Windows ----------------------------------------------------------------------
 
 
-def check_tables(connection: Connection) -> dict[str, Any]:
+def check_tables(connection: PooledConnection) -> dict[str, Any]:
     """v_xml_cdr and its partitions; ApiError 409 where the transactions that wrote rows cannot be told."""
-    found = run(connection, "find_tables")[0]
+    found = run_planned(connection, "find_tables")[0]
     odd = found["odd"]
     if not odd and found["has_distributed"]:
         odd = run(connection, "find_distributed", members=found["members"])[0]["odd"]
@@ -263,7 +264,7 @@ def find_taken(connection: Connection, snapshot: Mapping[str, Any], tables: Mapp
 
 def read_window(
     service: Service,
-    connection: Connection,
+    connection: PooledConnection,
     account: Account,
     selection: Selection,
     horizon: Horizon,
@@ -273,7 +274,7 @@ def read_window(
 
     And whether it is known up to which instant everything is delivered.
     """
-    snapshot = run(connection, "find_snapshot")[0]
+    snapshot = run_planned(connection, "find_snapshot")[0]
     horizon = choose_horizon(horizon, snapshot)
     snapshot["horizon"] = horizon.xid
     tables = check_tables(connection)

@@ -94,12 +94,15 @@ class Domains:
     named: bool = False  # whether the request names them
     newest_grant: int | None = None  # of the account's grants, when all of them count
 
-    @property
-    def statement(self) -> str:
-        """Of queries.sql: what selects their calls."""
+    def statement(self, connection: PooledConnection) -> str:
+        """Of queries.sql: what selects their calls, in the connection's transaction."""
         if self.everything:
             return "calls_of_all"
-        return "calls_of_domain" if len(self.uuids) == 1 else "calls_of_domains"
+        if len(self.uuids) != 1:
+            return "calls_of_domains"
+        if not (self.lone_names and connection.nameless):
+            return "calls_with_uuid"
+        return "calls_in_parts" if connection.indexed or connection.epochs_indexed else "calls_of_domain"
 
     def parameters(self) -> dict[str, Any]:
         return {
@@ -196,9 +199,14 @@ class Selection:
         return self.by != "end"
 
     def source(self, connection: PooledConnection) -> Source:
-        """What select_calls reads from, on this connection."""
-        ordered = connection.indexed and self.part == "dated" and not self.needs_sort
-        return Source(self.domains.statement, ordered=ordered, feed=self.high is not None, distinct=connection.doubled)
+        """What select_calls reads from, in this connection's transaction."""
+        return Source(
+            self.domains.statement(connection),
+            ordered=connection.indexed and self.part == "dated" and not self.needs_sort,
+            feed=self.high is not None,
+            distinct=connection.doubled,
+            zoned=connection.zoned,
+        )
 
     def parameters(self) -> dict[str, Any]:
         """Those of select_calls."""
@@ -254,6 +262,7 @@ class Source(NamedTuple):
     ordered: bool  # whether an index brings them in the order of their key
     feed: bool  # whether by the transactions that wrote them
     distinct: bool  # whether a key may be stored twice
+    zoned: bool = False  # whether stamps are known to be timestamptz
 
 
 @functools.lru_cache(maxsize=16)
@@ -266,9 +275,10 @@ def compose_matching(source: Source) -> sql.Composed:
     if source.distinct:
         own_calls = STATEMENTS["distinct_calls"].format(own_calls=own_calls, written=written)
         written = sql.SQL("")
-    instants = {f"{name}_at": compose_instant(name) for name in ("start", "answer", "end")}
+    instants = {f"{name}_at": compose_instant(name, zoned=source.zoned) for name in ("start", "answer", "end")}
+    end_is_zoned = sql.SQL("true") if source.zoned else compose_moment("zoned", "end")
     return STATEMENTS["matching_calls"].format(
-        own_calls=own_calls, written=written, end_is_zoned=compose_moment("zoned", "end"), **instants
+        own_calls=own_calls, written=written, end_is_zoned=end_is_zoned, **instants
     )
 
 
@@ -277,10 +287,13 @@ def compose_moment(statement: str, name: str) -> sql.Composed:
     return STATEMENTS[statement].format(stamp=sql.Identifier(f"{name}_stamp"))
 
 
-def compose_instant(name: str) -> sql.Composed:
-    """instant, for the start, the answer or the end."""
+def compose_instant(name: str, *, zoned: bool = False) -> sql.Composed:
+    """instant, for the start, the answer or the end; zoned: it is known to be a timestamptz."""
+    stamp = sql.Identifier(f"{name}_stamp")
+    if zoned:
+        return STATEMENTS["zoned_instant"].format(stamp=stamp)
     return STATEMENTS["instant"].format(
-        stamp=sql.Identifier(f"{name}_stamp"),
+        stamp=stamp,
         epoch=sql.Identifier(f"{name}_epoch"),
         zoned=compose_moment("zoned", name),
         readable=compose_moment("readable", name),

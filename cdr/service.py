@@ -130,9 +130,7 @@ class Service:
         connection = self.calls.borrow()
         try:
             connection.silence_seconds = self.settings.statement_timeout / 1000 + LOOKUP_SECONDS
-            connection.has_stream_slot = self.begin(
-                connection, {**parameters, "account_id": account_id, "alone": connection.indexed and not sort}
-            )
+            self.begin(connection, {**parameters, "account_id": account_id, "alone": connection.indexed and not sort})
             yield connection
         except BaseException as error:
             if isinstance(error, psycopg.errors.WrongObjectType):
@@ -154,14 +152,17 @@ class Service:
             "streams": self.settings.account_streams,
         }
 
-    def begin(self, connection: PooledConnection, parameters: Mapping[str, Any]) -> bool:
-        """Opens a transaction; whether it holds one of the account's stream slots."""
+    def begin(self, connection: PooledConnection, parameters: Mapping[str, Any]) -> None:
+        """Opens a transaction, with one of the account's stream slots if there is one left."""
+        parameters = {**parameters, "probed": connection.probed}
         begin_read = compose_begin(lockable=connection.lockable).as_string()
         take_stream_slot = STATEMENTS["take_stream_slot"].as_string()
         cursor = connection.execute(mogrify(connection, f"{begin_read};{take_stream_slot}", parameters))
         while cursor.nextset():
             pass
-        return bool(cursor.fetchall()[0]["has_slot"])
+        found = cursor.fetchall()[0]
+        connection.has_stream_slot = found["has_slot"]
+        connection.nameless, connection.zoned = found["nameless"], found["zoned"]
 
     def too_many_streams(self) -> ApiError:
         limit = self.settings.account_streams

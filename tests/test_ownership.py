@@ -14,6 +14,7 @@ import pytest
 from flask import Flask
 
 import demo
+from cdr.check_calls import EPOCH_INDEX
 from tests.conftest import Client, Database, DatabaseMaker, problem
 from tests.shapes import (
     ACCOUNTS_READ,
@@ -53,9 +54,25 @@ class World:
         return sum(self.calls[uuid].billsec for uuid in self.of(owners))
 
 
-@pytest.fixture(scope="module", params=["4.2.2", "5.0.1", demo.NEWEST])
+INDEXES = {"end_stamp": demo.INDEX, "end_epoch": EPOCH_INDEX.format(key="uuid")}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("4.2.2", None),
+        ("4.2.2", "end_epoch"),
+        ("5.0.1", "end_stamp"),
+        (demo.NEWEST, None),
+        (demo.NEWEST, "end_stamp"),
+    ],
+    ids=lambda param: f"{param[0]}, index on {param[1]}",
+)
 def world(make_database: DatabaseMaker, request: pytest.FixtureRequest) -> World:
-    database = make_database(request.param)
+    release, index = request.param
+    database = make_database(release)
+    if index:
+        database.execute(INDEXES[index])
     set_domains(database)
     calls = add_shapes(database)
     undated = database.insert_call(domain_uuid=UA, domain_name="203.0.113.5", end_stamp=None, billsec=0)
@@ -277,3 +294,15 @@ def test_a_domain_must_be_named_once_where_one_is_needed(world: World) -> None:
         twice = client.send("GET", path, query_string=[*ROUTE[path].items(), ("domain_uuid", UA), ("domain_uuid", UA)])
         assert twice.status_code == 422
         assert list(problem(twice)["data"]) == ["domain_uuid"]
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_the_first_call_without_a_uuid_is_seen_by_connections_that_saw_none(
+    make_database: DatabaseMaker, *, index: bool
+) -> None:
+    database = make_database(calls=60, index=index)
+    client = database.client(database.account("alpha.example.com"))
+    paths = [("/api/calls", {}), ("/api/call_range", {"from": "2026-02-03", "to": "2026-02-03"})]
+    before = [len(client.calls(path, **range_)) for path, range_ in paths]
+    database.insert_call(domain_uuid=None)
+    assert [len(client.calls(path, **range_)) for path, range_ in paths] == [number + 1 for number in before]

@@ -9,13 +9,16 @@ import threading
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import psycopg
 import pytest
 from psycopg.rows import dict_row
 
 import cdr_api
 from cdr.check_calls import find_plan
-from cdr.selection import FILTERS
+from cdr.selection import FILTERS, FIRST_UUID, Domains, Selection, Source, compose_select
 from tests.conftest import Client, Database, DatabaseMaker, problem
+
+ALPHA_UUID = "00000000-0000-4000-8000-0000000000aa"
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +197,34 @@ def test_the_index_finds_the_start_of_a_page(database: Database, client: Client)
     assert len(conditions) == 2  # those that bear the domain's uuid, and those that have none
     for condition in conditions:
         assert re.search(r"ROW\((cdr\.)?end_stamp, (cdr\.)?xml_cdr_uuid\) > ROW", condition)
+
+
+@pytest.mark.parametrize("zoned", [True, False], ids=["known to be zoned", "by folding"])
+@pytest.mark.parametrize("form", ["calls_with_uuid", "calls_in_parts"])
+def test_a_page_far_back_reads_no_more_of_the_index_than_the_first(
+    make_database: DatabaseMaker, form: str, *, zoned: bool
+) -> None:
+    database = make_database(index=True)
+    database.execute(
+        "INSERT INTO v_xml_cdr (xml_cdr_uuid, domain_uuid, end_stamp) SELECT gen_random_uuid(), %s,"
+        " timestamptz '2026-01-01 00:00Z' + i * interval '1 s' FROM generate_series(1, 20000) AS i",
+        [ALPHA_UUID],
+    )
+    database.execute("VACUUM ANALYZE v_xml_cdr")
+    source = Source(form, ordered=True, feed=False, distinct=False, zoned=zoned)
+    query = compose_select(("end_stamp", "xml_cdr_uuid"), source)
+
+    def count_blocks(after: str) -> int:
+        page = Selection(Domains([ALPHA_UUID], [""], [""]), part="dated", after=(after, FIRST_UUID), limit=10)
+        with psycopg.connect(database.dsn, cursor_factory=psycopg.ClientCursor) as connection:
+            connection.execute("SET enable_sort = off")
+            connection.execute("SET random_page_cost = 1.1")
+            explain = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {query}"
+            plan = connection.execute(explain, page.parameters()).fetchall()[0][0][0]["Plan"]
+        assert plan["Actual Rows"] == 10
+        return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+
+    assert count_blocks("2026-01-01 05:00Z") <= count_blocks("2026-01-01 00:00Z") + 5
 
 
 def test_a_release_that_adds_filters_and_fields_resets_no_cursor(

@@ -168,7 +168,8 @@ def test_the_transaction_is_read_only_and_at_one_snapshot(
     service = large.app(CDR_API_STATEMENT_TIMEOUT="5s", CDR_API_TIMEZONE="Asia/Kolkata").extensions["cdr_api"]
     with service.calls.connection() as connection:
         values = {**service.reading_parameters(sort=True), "account_id": 1, "alone": alone}
-        assert service.begin(connection, values) is True
+        service.begin(connection, values)
+        assert connection.has_stream_slot is True
         for name, value in [
             ("transaction_read_only", "on"),
             ("transaction_isolation", "repeatable read"),
