@@ -40,6 +40,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from cdr import accounts, feed, ranges
 from cdr.accounts import UNAUTHENTICATED, Account
+from cdr.clients import Client
 from cdr.cursors import read_cursor, write_cursor
 from cdr.errors import ApiError, envelope, from_database, refuse, unexpected
 from cdr.parsing import (
@@ -73,7 +74,7 @@ from cdr.service import Service
 from cdr.settings import SettingError, Settings
 from cdr.short import SHORT_ROWS, find_short
 from cdr.statements import STATEMENTS, can_hold
-from cdr.stream import FORMATS, CallStream, Client, Format, write_copies, write_rows
+from cdr.stream import FORMATS, CallStream, Format, write_copies, write_rows
 from cdr_admin import register_commands
 from cdr_metrics import register_metrics
 from cdr_pages import register_pages
@@ -421,12 +422,12 @@ def answer_rows(
 ) -> Response:
     """The rows of a statement on matching_calls, as a stream. columns: of each whether it is text."""
     output, strings = FORMATS["json"], [name for name, is_text in columns.items() if is_text]
-    with service().reading(current_account().account_id, sort=True, zone=values["tz"]) as connection:
+    with service().reading(current_account().account_id, client(), sort=True, zone=values["tz"]) as connection:
         matching_calls = compose_matching(selection.source(connection))
         query = STATEMENTS[statement].format(matching_calls=matching_calls, **names)
         all_parameters = {**selection.parameters(), **(parameters or {})}
         copy = write_rows(service(), connection, query, all_parameters, output, strings)
-        stream = CallStream(service(), client(), connection, copy, output, list(columns))
+        stream = CallStream(service(), connection, copy, output, list(columns))
     return answer_stream(stream, {})
 
 
@@ -510,11 +511,11 @@ def answer_calls(values: Mapping[str, Any], selection: Selection) -> Response:
             return answer_short(short, output)
     headers: dict[str, str] = {}
     _ = limit and service().secret  # before a connection is held: it may take one of its own
-    with service().reading(account_id, sort=selection.needs_sort, zone=values["tz"]) as connection:
+    with service().reading(account_id, client(), sort=selection.needs_sort, zone=values["tz"]) as connection:
         if limit and (key := find_next_key(connection, parts[0])):
             headers = link("after", write_cursor(service().secret, purpose, key))
         query = write_copies(service(), connection, parts, output, fields, csv_safe=bool(values["csv_safe"]))
-        stream = CallStream(service(), client(), connection, query, output, fields)
+        stream = CallStream(service(), connection, query, output, fields)
     return answer_stream(stream, headers)
 
 
@@ -550,7 +551,7 @@ def call_feed() -> Response:
     horizon = feed.find_horizon(service())
     selection = select(values, anew=True)  # after the horizon: a domain that has calls below it is seen
     _ = service().secret  # before a connection is held: it may take one of its own
-    with service().reading(account.account_id, sort=True, zone=values["tz"]) as connection:
+    with service().reading(account.account_id, client(), sort=True, zone=values["tz"]) as connection:
         window, is_known = feed.read_window(service(), connection, account, selection, horizon, values)
         parts = window.parts(values["limit"])
         key = find_next_key(connection, parts[0]) if values["limit"] else None
@@ -560,7 +561,7 @@ def call_feed() -> Response:
         if is_known:
             headers["X-Complete-Through"] = following.through
         query = write_copies(service(), connection, parts, output, fields, csv_safe=bool(values["csv_safe"]))
-        stream = CallStream(service(), client(), connection, query, output, fields)
+        stream = CallStream(service(), connection, query, output, fields)
     return answer_stream(stream, headers)
 
 
@@ -611,12 +612,12 @@ def call_lookup() -> Response:
     uuids = parse_pairs(read_body(), {"xml_cdr_uuid": parse_uuids}, {"xml_cdr_uuid"})["xml_cdr_uuid"]
     fields = values["fields"] or FIELDS
     selection = replace(select(dict.fromkeys(CALLS)), uuids=uuids)
-    with service().reading(current_account().account_id, sort=True) as connection:
+    with service().reading(current_account().account_id, client(), sort=True) as connection:
         there = {uuid for _, uuid in find_keys(connection, selection)}
         not_found = json.dumps([uuid for uuid in uuids if uuid not in there], separators=(",", ":")).encode()
         output = replace(FORMATS["json"], opening=b'{"calls":[', closing=b'],"not_found":' + not_found + b"}\n")
         query = write_copies(service(), connection, [selection], output, fields)
-        stream = CallStream(service(), client(), connection, query, output, fields)
+        stream = CallStream(service(), connection, query, output, fields)
     return answer_stream(stream, {})
 
 

@@ -12,10 +12,16 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import gunicorn.http.parser
 import gunicorn.util
+import gunicorn.workers.gthread
 import psycopg
+from gunicorn.http.errors import NoMoreData
+from gunicorn.http.unreader import SocketUnreader
 
 for name in [name for name in sys.modules if name.split(".")[0] == "cdr" or name.startswith("cdr_")]:
     del sys.modules[name]  # a reload takes the new code, which this process would keep otherwise
@@ -99,8 +105,47 @@ logging.getLogger("gunicorn.error").addFilter(hide_request)
 gunicorn.util.write_error = write_error
 
 
-def post_request(_worker: Worker, _request: Any, environ: dict[str, Any], response: Any) -> None:
+class TimedUnreader(SocketUnreader):  # type: ignore[misc]
+    """Reads a request, all of which must have arrived within CDR_API_CLIENT_TIMEOUT.
+
+    gunicorn bounds no read, and a socket's own time-out only the single one: whoever
+    sends a byte now and then would hold a thread for ever.
+    """
+
+    deadline: float | None = None  # by time.monotonic(), from the first read of a request on
+
+    def chunk(self, size_hint: int | None = None) -> bytes:
+        if self.deadline is None:
+            self.deadline = time.monotonic() + settings.client_timeout / 1000
+        before = self.sock.gettimeout()
+        self.sock.settimeout(max(self.deadline - time.monotonic(), 0.001))
+        try:
+            found: bytes = super().chunk(size_hint)
+        except TimeoutError:
+            raise NoMoreData from None  # which gunicorn takes for a client that is gone
+        finally:
+            with suppress(OSError):
+                self.sock.settimeout(before)
+        return found
+
+
+class PatientConnection(gunicorn.workers.gthread.TConn):  # type: ignore[misc]
+    """Holds a thread for its first byte no longer than the byte usually takes; then the worker's main thread waits.
+
+    gunicorn's own 5 seconds let a few connections that ask nothing hold all threads.
+    """
+
+    def wait_for_data(self, timeout: float) -> bool:
+        return bool(super().wait_for_data(min(timeout, 0.05)))
+
+
+gunicorn.http.parser.SocketUnreader = TimedUnreader
+gunicorn.workers.gthread.TConn = PatientConnection
+
+
+def post_request(_worker: Worker, parsed: Any, environ: dict[str, Any], response: Any) -> None:
     """When the client has the whole answer, or has not got it: the request's line, and its metrics."""
+    parsed.unreader.deadline = None
     if response and "cdr_api.entry" in environ:
         environ["cdr_api.request_log"].close(environ["cdr_api.entry"], response.status_code or 0, response.sent)
 

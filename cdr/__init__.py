@@ -8,6 +8,7 @@ it on. Each file is one subject, and imports only those before it in this list:
     ranges       from and to, in a time zone
     settings     the CDR_API_* environment
     statements   queries.sql by name; placeholders and literals
+    clients      who takes an answer: whether they are there, and how slow they may be
     database     connection pools, prepared statements, everything at libpq's level
     cursors      signed texts that a client hands back
     requestlog   the log entry of each request; failed logins in syslog

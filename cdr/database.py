@@ -21,6 +21,7 @@ from psycopg.abc import RV, PQGen
 from psycopg.rows import dict_row
 from psycopg_pool import ConnectionPool, PoolTimeout
 
+from cdr.clients import Watch
 from cdr.settings import Settings
 from cdr.statements import STATEMENTS
 
@@ -37,6 +38,7 @@ LOOKUP_SECONDS = 10.0
 AWAY_SECONDS = 0.1
 # So many statements are prepared on a connection: each takes PostgreSQL half a megabyte.
 MOST_PREPARED = 10
+WATCH_MILLISECONDS = 100  # while nothing comes, an answer's watch looks around so often
 BATCH_BYTES = 32 * 1024  # of COPY output; larger batches leave the processor's cache
 
 Connection = psycopg.Connection[dict[str, Any]]
@@ -59,15 +61,36 @@ class PooledConnection(Connection):
     doubled = False  # whether nothing keeps v_xml_cdr from holding a call twice
     nameless = True  # whether there may be calls without a domain_uuid; in a transaction that take_stream_slot began
     zoned = False  # whether stamps are known to be timestamptz; in such a transaction
+    watch: Watch | None = None  # of the answer that it is read for
+    home: Database | None = None  # whose pool it belongs to
     # The name of each statement that is prepared on it, by its text; None: there must be none.
     prepared: dict[str, str] | None = None
 
     def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
         try:
-            return super().wait(gen, interval, timeout or self.silence_seconds)
+            return super().wait(watched(gen, self.watch), interval, timeout or self.silence_seconds)
         except psycopg.errors._WaitTimeout:  # noqa: SLF001 (psycopg has no public name for it)
             self.close()
             raise psycopg.OperationalError("the server does not answer") from None
+
+    def give_back(self) -> None:
+        """Puts the connection into its pool again, in any state."""
+        if self.home:
+            self.home.give_back(self)
+
+
+def watched(gen: PQGen[RV], watch: Watch | None) -> PQGen[RV]:
+    """A generator of psycopg's, with a look at what else matters as often as it is resumed."""
+    try:
+        awaited = next(gen)
+        while True:
+            ready = yield awaited
+            if watch:
+                watch()
+            awaited = gen.send(ready)
+    except StopIteration as end:
+        found: RV = end.value
+        return found
 
 
 def connect(dsn: str) -> Connection:
@@ -148,6 +171,7 @@ class Database:
         while not is_alive(connection := self.take()):
             connection.close()
             self.pool.putconn(connection)  # which makes a new one
+        connection.home = self
         return connection
 
     def take(self) -> PooledConnection:
@@ -167,6 +191,9 @@ class Database:
         """Takes a connection in any state: cancels what runs on it, rolls back."""
         connection.silence_seconds = LOOKUP_SECONDS
         connection.nameless, connection.zoned = True, False
+        watch, connection.watch = connection.watch, None
+        if watch:
+            watch.release()
         end_transaction(connection)
         self.pool.putconn(connection)
 
@@ -215,15 +242,17 @@ def is_alive(connection: Connection) -> bool:
     return not poll.poll(0)
 
 
-def end_transaction(connection: Connection) -> None:
+def end_transaction(connection: PooledConnection) -> None:
     """Makes a connection fit for the pool again: cancels what runs, rolls back."""
     pgconn = connection.pgconn
     try:
         if pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
             connection.cancel_safe(timeout=5)
-            for _ in copy_rows(pgconn, milliseconds=5_000):
-                pass
-            connection.wait(generators.fetch_many(pgconn), timeout=5)
+            results = connection.wait(generators.fetch_many(pgconn), timeout=5)
+            while results and results[-1].status == pq.ExecStatus.COPY_OUT:
+                for _ in copy_rows(connection, milliseconds=5_000):
+                    pass
+                results = connection.wait(generators.fetch_many(pgconn), timeout=5)
         if pgconn.transaction_status != pq.TransactionStatus.IDLE:
             connection.rollback()
     except psycopg.Error:
@@ -289,20 +318,24 @@ def check_results(results: list[pq.abc.PGresult]) -> pq.abc.PGresult:
     return results[-1]
 
 
-def copy_rows(pgconn: pq.abc.PGconn, milliseconds: int) -> Iterator[memoryview]:
+def copy_rows(connection: PooledConnection, milliseconds: int) -> Iterator[memoryview]:
     """The rows of the COPY that runs, its end of success or failure not yet read.
 
     Raises psycopg.OperationalError when nothing comes for so long.
     """
+    pgconn, silent = connection.pgconn, 0
     poll = select.poll()
     poll.register(pgconn.socket, select.POLLIN)
     while (found := pgconn.get_copy_data(1))[0] >= 0:
         if found[0]:
+            silent = 0
             yield found[1]
-        elif poll.poll(milliseconds):
+        elif poll.poll(WATCH_MILLISECONDS):
             pgconn.consume_input()
-        else:
+        elif (silent := silent + WATCH_MILLISECONDS) >= milliseconds:
             raise psycopg.OperationalError("the server stopped in the middle of its answer")
+        elif connection.watch:
+            connection.watch()
 
 
 def copy_batches(connection: PooledConnection, query: bytes) -> Iterator[list[memoryview]]:
@@ -319,7 +352,7 @@ def copy_batches(connection: PooledConnection, query: bytes) -> Iterator[list[me
     rows: list[memoryview] = []
     size = 0
     while check_results(results).status == pq.ExecStatus.COPY_OUT:
-        for row in copy_rows(pgconn, int(connection.silence_seconds * 1000)):
+        for row in copy_rows(connection, int(connection.silence_seconds * 1000)):
             rows.append(row)
             size += len(row)
             if size >= BATCH_BYTES:

@@ -14,6 +14,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from cdr.clients import Client, Watch
 from cdr.database import LOOKUP_SECONDS, Database, PooledConnection
 from cdr.errors import ApiError, refuse
 from cdr.requestlog import AuthLog, RequestLog
@@ -46,7 +47,7 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         # Two connections are kept for short answers, as far as there are so many.
-        self.stream_slots = threading.BoundedSemaphore(max(1, settings.threads - 2))
+        self.long_slots = threading.BoundedSemaphore(max(1, settings.threads - 2))
         self.request_log = RequestLog(settings.log)
         self.auth_log = AuthLog(settings.syslog) if settings.syslog != "off" else None
         self.warned: dict[str, float] = {}  # when each warning was last written, by time.monotonic()
@@ -116,11 +117,16 @@ class Service:
     # Reading calls
 
     @contextmanager
-    def reading(self, account_id: int, *, sort: bool, zone: str | None = None) -> Iterator[PooledConnection]:
+    def reading(
+        self, account_id: int, client: Client, *, sort: bool, zone: str | None = None
+    ) -> Iterator[PooledConnection]:
         """A connection for calls in a transaction of its own; both are the block's to end or hand on.
 
         Takes the connection back if the block fails. sort: whether the planner may
         sort instead of going through an index in its order. zone: that of stamps.
+
+        While it waits, the client is watched, and what takes longer than a second
+        takes one of the worker's slots for long answers: ApiError 499 or 503.
 
         Where the account has as many long answers under way as it may have, a
         statement gets a second; then ApiError 429.
@@ -128,6 +134,7 @@ class Service:
         parameters = self.reading_parameters(sort=sort, zone=zone)
         _ = self.calls.codec  # before a connection is held: it may take one of its own
         connection = self.calls.borrow()
+        connection.watch = Watch(self.long_slots, client)
         try:
             connection.silence_seconds = self.settings.statement_timeout / 1000 + LOOKUP_SECONDS
             self.begin(connection, {**parameters, "account_id": account_id, "alone": connection.indexed and not sort})

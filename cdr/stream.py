@@ -5,26 +5,21 @@ To add a format, add an entry to FORMATS, with an encoder if it needs one of its
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import re
-import select
-import socket
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import psycopg
 from psycopg import sql
 
+from cdr.clients import Client, ClientBudget
 from cdr.database import PooledConnection, copy_batches
-from cdr.errors import unavailable
+from cdr.errors import ApiError
 from cdr.selection import Selection, compose_copy, compose_rows
 from cdr.service import Service, set_encoding
-from cdr.settings import Settings
 from cdr.statements import decode, mogrify
 
 log = logging.getLogger("cdr_api")
@@ -115,58 +110,6 @@ FORMATS = {
 }
 
 
-# Clients ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Client:
-    """Who takes an answer; the socket only where the server tells it."""
-
-    address: str | None = None
-    socket: socket.socket | None = None
-
-
-class ClientBudget:
-    """The time that the client of a long answer may take: it is cut off when it takes too long.
-
-    In all it may keep the service waiting for CDR_API_CLIENT_TIMEOUT, and as
-    long again as CDR_API_MIN_RATE allows for the bytes that it took.
-    """
-
-    def __init__(self, settings: Settings, client: Client) -> None:
-        self.client = client
-        self.min_rate = settings.min_rate
-        self.seconds = settings.client_timeout / 1000
-        self.since = time.monotonic()
-        self.poll = select.poll()
-        if client.socket:
-            self.poll.register(client.socket, select.POLLOUT)
-
-    def hand(self, chunk: bytes) -> bytes:
-        """Passes a chunk on, whose time begins now."""
-        self.seconds += len(chunk) / self.min_rate
-        self.since = time.monotonic()
-        return chunk
-
-    def wait(self) -> None:
-        """Waits until the client has room for another chunk.
-
-        Raises ConnectionResetError, the connection being cut, if it takes too long.
-        """
-        left = self.seconds - (time.monotonic() - self.since)
-        if self.client.socket and not self.poll.poll(max(left, 0) * 1000):
-            log.warning("%s takes its answer too slowly and was cut off", self.client.address or "a client")
-            self.cut()
-        self.seconds -= time.monotonic() - self.since
-
-    def cut(self) -> NoReturn:
-        """Ends the connection without HTTP's last chunk; gunicorn passes over this error without a word."""
-        if self.client.socket:
-            with suppress(OSError):
-                self.client.socket.shutdown(socket.SHUT_RDWR)
-        raise ConnectionResetError(errno.ECONNRESET, "the answer was cut off")
-
-
 # Stream -----------------------------------------------------------------------
 
 
@@ -180,13 +123,12 @@ class CallStream:
     time, cancels what runs and gives the connection back to its pool.
 
     An answer that is not complete with its first chunk is a long one: it needs
-    a stream slot of its worker (else ApiError 503) and one of the account's (else 429).
+    a slot of its worker (else ApiError 503) and one of the account's (else 429).
     """
 
     def __init__(
         self,
         service: Service,
-        client: Client,
         connection: PooledConnection,
         query: bytes,
         output: Format,
@@ -201,13 +143,13 @@ class CallStream:
         encode = output.encoder(fields, output.separator)
         self.chunks = self.read(copy_batches(connection, query), encode)
         self.first: bytes | None = next(self.chunks, b"")
-        self.budget = ClientBudget(service.settings, client)
+        self.budget = ClientBudget(service.settings, connection.watch.client if connection.watch else Client())
         if self.complete:
             return
         if not connection.has_stream_slot:
             raise service.too_many_streams()
-        if not service.stream_slots.acquire(blocking=False):
-            raise unavailable("Too many long answers are under way: try again soon.")
+        if connection.watch:
+            connection.watch.take_slot()
         self.owned = True
 
     def read(self, batches: Iterator[list[memoryview]], encode: Encode) -> Generator[bytes]:
@@ -220,16 +162,15 @@ class CallStream:
                 encoded = encode(rows, self.output.separator if chunk else self.output.opening)
                 chunk = decode(encoded, self.service.calls.codec)
             self.complete = True
-        except psycopg.Error as error:
+        except (psycopg.Error, ApiError) as error:
             if not self.owned:
                 raise
-            log.error("an answer broke off: %s", " ".join(str(error).split()))
+            if isinstance(error, psycopg.Error):
+                log.error("an answer broke off: %s", " ".join(str(error).split()))
             self.budget.cut()
         finally:
             if self.owned or self.complete:
-                self.service.calls.give_back(self.connection)
-            if self.owned:
-                self.service.stream_slots.release()
+                self.connection.give_back()
         if chunk or self.output.opening:
             yield (chunk or self.output.opening) + self.output.closing
 

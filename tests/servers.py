@@ -188,15 +188,16 @@ def peak_memory(pid: int) -> int:
 
 
 @contextmanager
-def slow(execute: Callable[[str], object], seconds: float = 0.001) -> Iterator[None]:
-    """Every call takes PostgreSQL so long, in the database that is told to execute.
+def slow(execute: Callable[[str], object], seconds: float = 0.001, calls: str = "true") -> Iterator[None]:
+    """Every call, or those of a condition, takes PostgreSQL so long, in the database that is told to execute.
 
     The service finds a view before the table; whatever connection it has ends, so that it does.
     """
     end = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = current_database()"
     setting = "ALTER ROLE cdr_api IN DATABASE %I {} search_path"
     execute("CREATE SCHEMA slow")
-    execute(f"CREATE VIEW slow.v_xml_cdr AS SELECT * FROM v_xml_cdr WHERE pg_sleep({seconds}) IS NOT NULL")
+    sleeps = f"CASE WHEN {calls} THEN pg_sleep({seconds}) IS NOT NULL ELSE true END"
+    execute(f"CREATE VIEW slow.v_xml_cdr AS SELECT * FROM v_xml_cdr WHERE {sleeps}")
     execute("GRANT USAGE ON SCHEMA slow TO cdr_api")
     execute("GRANT SELECT ON slow.v_xml_cdr TO cdr_api")
     execute(f"DO $$BEGIN EXECUTE format('{setting.format('SET')} = slow, public', current_database()); END$$")

@@ -182,16 +182,17 @@ def test_a_new_format_is_one_entry_and_its_encoder(
 def test_a_script_reads_calls_without_a_request(database: Database) -> None:
     """The engine is handed what it needs."""
     code = f"""
+from cdr.clients import Client
 from cdr.selection import Domains, Selection
 from cdr.service import Service
 from cdr.settings import Settings
-from cdr.stream import FORMATS, CallStream, Client, write_copies
+from cdr.stream import FORMATS, CallStream, write_copies
 
 service = Service(Settings.from_environ({{"CDR_API_DSN": {database.dsn!r}, "CDR_API_SYSLOG": "off"}}))
-with service.reading(0, sort=True) as connection:
+with service.reading(0, Client(), sort=True) as connection:
     selection = Selection(Domains(everything=True))
     query = write_copies(service, connection, [selection], FORMATS["csv"], ("billsec",))
-    stream = CallStream(service, Client(), connection, query, FORMATS["csv"], ("billsec",))
+    stream = CallStream(service, connection, query, FORMATS["csv"], ("billsec",))
 print(b"".join(stream).count(b"\\n"))
 service.close()
 """

@@ -326,6 +326,16 @@ def test_a_fault_before_the_first_byte_is_503(database: Database, nginx: Nginx, 
     assert_away(response)
 
 
+def test_what_nobody_waits_for_is_cancelled_behind_nginx_too(database: Database, nginx: Nginx, token: str) -> None:
+    """nginx hangs up when its client does (proxy_ignore_client_abort is off)."""
+    command = nginx.command(proxied_calls(nginx), "-i", token=token)
+    with locked_calls(database):
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            wait_for(lambda: backends(database, LOCKED))
+            process.kill()
+        wait_for(lambda: not backends(database, LOCKED))
+
+
 def assert_away(response: TestResponse, message: str = "again soon") -> None:
     assert response.status_code == 503
     assert int(response.headers["Retry-After"]) > 0
