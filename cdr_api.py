@@ -66,6 +66,7 @@ from cdr.selection import (
     Domains,
     Selection,
     compose_matching,
+    escape_rows,
     find_keys,
     find_next_key,
     parse_fields,
@@ -421,12 +422,14 @@ def answer_rows(
     **names: sql.Composable,
 ) -> Response:
     """The rows of a statement on matching_calls, as a stream. columns: of each whether it is text."""
-    output, strings = FORMATS["json"], [name for name, is_text in columns.items() if is_text]
+    output = choose_format(values)
     with service().reading(current_account().account_id, client(), sort=True, zone=values["tz"]) as connection:
         matching_calls = compose_matching(selection.source(connection))
         query = STATEMENTS[statement].format(matching_calls=matching_calls, **names)
+        if values["csv_safe"]:
+            query = escape_rows(query, columns)
         all_parameters = {**selection.parameters(), **(parameters or {})}
-        copy = write_rows(service(), connection, query, all_parameters, output, strings)
+        copy = write_rows(service(), connection, query, all_parameters, output, columns)
         stream = CallStream(service(), connection, copy, output, list(columns))
     return answer_stream(stream, {})
 
@@ -454,12 +457,12 @@ parse_limit = integer_between(1, 100_000)
 parse_by = one_of("start", "end")
 
 DOMAIN: dict[str, Any] = {"domain_name": str, "domain_uuid": parse_uuid}
+FORMAT: dict[str, Any] = {"format": str, "csv_safe": parse_flag}
 CALLS: dict[str, Any] = {
     **DOMAIN,
     "tz": parse_zone,
     "fields": parse_fields,
-    "format": str,
-    "csv_safe": parse_flag,
+    **FORMAT,
     "limit": parse_limit,
     "after": str,
     "by": parse_by,
@@ -533,8 +536,7 @@ FEED: dict[str, Any] = {
     **DOMAIN,
     "tz": parse_zone,
     "fields": parse_fields,
-    "format": str,
-    "csv_safe": parse_flag,
+    **FORMAT,
     "limit": parse_limit,
     **FILTERS,
 }
@@ -585,6 +587,7 @@ TOTALS: dict[str, Any] = {
     **DOMAIN,
     "group_by": parse_groups,
     "tz": parse_zone,
+    **FORMAT,
     **FILTERS,
 }
 
@@ -626,8 +629,10 @@ CONCURRENCY: dict[str, Any] = {
     "from": parse_moment,
     "to": parse_moment,
     "resolution": one_of("1", "5", "15", "30", "60"),
+    "active_only": parse_flag,
     **DOMAIN,
     "tz": parse_zone,
+    **FORMAT,
     **FILTERS,
 }
 LONGEST_RANGE = timedelta(days=31, hours=1)  # an hour for a change of the clock
@@ -664,7 +669,8 @@ def answer_intervals(statement: str, columns: Mapping[str, bool]) -> Response:
     ended = ranges.clamp(lambda: until + LONGEST_CALL, ranges.LATEST)
     selection = select(values).within(start, ended, "end")
     step = 60 * int(values["resolution"] or 1)
-    return answer_rows(statement, selection, columns, values, {"until": until.isoformat(), "step": step})
+    parameters = {"until": until.isoformat(), "step": step, "active_only": bool(values["active_only"])}
+    return answer_rows(statement, selection, columns, values, parameters)
 
 
 # Health -----------------------------------------------------------------------

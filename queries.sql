@@ -334,6 +334,10 @@ COPY ({query}) TO STDOUT (FORMAT csv, HEADER %(header)s);
 -- formula, with an apostrophe before it.
 CASE WHEN {column}::text ~ '^[=+@\t\r\n-]' THEN '''' || {column} ELSE {column}::text END AS {name};
 
+-- name: escape_rows
+-- The rows of {query}, with {columns} escaped.
+SELECT {columns} FROM ({query}) AS calls;
+
 -- name: examine_session
 -- One row: pid, the process that serves us; whether an index brings the calls of a
 -- domain in the order of the key, or those of a range by its epochs; probed, whether it
@@ -502,7 +506,8 @@ SELECT {keys}
 -- One row is an interval of a domain with its highest number of simultaneous
 -- calls. A sweep: a call adds one at its start and takes it away at its end, an
 -- interval's own beginning adds nothing and carries the level in. At the same
--- moment ends come before starts, and starts before the beginning.
+-- moment ends come before starts, and starts before the beginning. active_only: only
+-- intervals in which there was a call; then the others are not even made.
 WITH spans AS (
     SELECT domain_name, greatest(start_at, %(from)s::timestamptz) AS first, end_at AS last
       FROM {matching_calls} AS calls
@@ -516,6 +521,14 @@ WITH spans AS (
       FROM (SELECT unnest(%(domain_names)s::text[]) AS domain_name UNION SELECT domain_name FROM spans) AS names
      CROSS JOIN generate_series(%(from)s::timestamptz, %(until)s::timestamptz - interval '1 us',
                                 %(step)s * interval '1 s') AS beginning
+     WHERE NOT %(active_only)s
+     UNION ALL
+    SELECT DISTINCT domain_name, %(from)s::timestamptz + i * %(step)s * interval '1 s', 0
+      FROM spans
+     CROSS JOIN LATERAL generate_series(
+           floor(extract(epoch FROM first - %(from)s::timestamptz) / %(step)s)::int,
+           ceil(extract(epoch FROM least(last, %(until)s::timestamptz) - %(from)s::timestamptz) / %(step)s)::int - 1) AS i
+     WHERE %(active_only)s
 ), levels AS (
     SELECT domain_name, moment, change,
            sum(change) OVER (PARTITION BY domain_name ORDER BY moment, change = 0, change
@@ -531,12 +544,14 @@ SELECT domain_name,
  CROSS JOIN LATERAL (SELECT floor(extract(epoch FROM moment - %(from)s::timestamptz) / %(step)s)::int AS i) AS interval
  WHERE change >= 0
  GROUP BY domain_name, i
+HAVING NOT %(active_only)s OR max(level) > 0
  ORDER BY domain_name, i;
 
 -- name: select_activity
 -- One row is an interval of a domain with the calls that overlap it, by
 -- direction. A call counts from its first interval to its last: added in the
 -- first, taken away behind the last. One that ends where it starts is in one.
+-- active_only as above.
 WITH spans AS (
     SELECT domain_name, direction,
            floor(extract(epoch FROM greatest(start_at, %(from)s::timestamptz) - %(from)s::timestamptz) / %(step)s)::int AS first,
@@ -552,6 +567,14 @@ WITH spans AS (
     SELECT domain_name, i, NULL, 0
       FROM (SELECT unnest(%(domain_names)s::text[]) AS domain_name UNION SELECT domain_name FROM spans) AS names
      CROSS JOIN generate_series(0, ceil(extract(epoch FROM %(until)s::timestamptz - %(from)s::timestamptz) / %(step)s)::int - 1) AS i
+     WHERE NOT %(active_only)s
+     UNION ALL
+    SELECT DISTINCT domain_name, i, NULL, 0
+      FROM spans
+     CROSS JOIN LATERAL generate_series(
+           first, least(greatest(first, last),
+                        ceil(extract(epoch FROM %(until)s::timestamptz - %(from)s::timestamptz) / %(step)s)::int - 1)) AS i
+     WHERE %(active_only)s
 ), counts AS (
     SELECT domain_name, i,
            sum(sum(change) FILTER (WHERE direction = 'inbound')) OVER along AS inbound,
@@ -570,6 +593,7 @@ SELECT trim('"' FROM to_json(%(from)s::timestamptz + i * %(step)s * interval '1 
        coalesce(internal, 0)::bigint AS internal, total::bigint AS total
   FROM counts
  WHERE %(from)s::timestamptz + i * %(step)s * interval '1 s' < %(until)s::timestamptz
+   AND (NOT %(active_only)s OR total > 0)
  ORDER BY domain_name, i;
 
 

@@ -307,8 +307,10 @@ def plain_column(name: str) -> sql.Composable:
 
 def escaped_column(name: str) -> sql.Composable:
     """A column, its text such that no spreadsheet takes it for a formula."""
-    if name not in STRINGS:
-        return plain_column(name)
+    return escape_text(name) if name in STRINGS else plain_column(name)
+
+
+def escape_text(name: str) -> sql.Composed:
     return STATEMENTS["escape_formula"].format(column=sql.Identifier("calls", name), name=sql.Identifier(name))
 
 
@@ -334,6 +336,12 @@ def compose_copy(statement: str, fields: tuple[str, ...], source: Source, *, csv
     """The COPY of some fields of the selected calls, by copy_json or copy_csv."""
     query = sql.SQL(compose_select(fields, source, escaped_column if csv_safe else plain_column))
     return compose_rows(statement, query, [name for name in fields if name in STRINGS]).as_string()
+
+
+def escape_rows(query: sql.Composable, columns: Mapping[str, bool]) -> sql.Composed:
+    """A query's rows, their text such that no spreadsheet runs it as a formula. columns: of each whether it is text."""
+    listed = (escape_text(name) if is_text else plain_column(name) for name, is_text in columns.items())
+    return STATEMENTS["escape_rows"].format(columns=sql.SQL(", ").join(listed), query=query)
 
 
 def compose_rows(statement: str, query: sql.Composable, strings: Sequence[str]) -> sql.Composed:

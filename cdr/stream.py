@@ -209,9 +209,10 @@ def write_rows(
     query: sql.Composable,
     parameters: Mapping[str, Any],
     output: Format,
-    strings: Sequence[str],
+    columns: Mapping[str, bool],
 ) -> bytes:
-    """The query for the rows of a statement, which ends the transaction. strings: its columns of text."""
+    """The query for the rows of a statement, which ends the transaction. columns: of each whether it is text."""
+    strings = [name for name, is_text in columns.items() if is_text]
     copy = compose_rows(output.statement, query, strings).as_string()
     return finish(service, mogrify(connection, copy, {**parameters, "header": True}))
 

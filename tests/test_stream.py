@@ -223,9 +223,51 @@ def read_all(url: str, token: str) -> int:
     return size
 
 
-@pytest.mark.skipif(
+in_linux = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to see a process's peak memory"
 )
+DOMAINS = 150
+MANY_ROWS = {
+    "concurrent_calls_by_domain?date=2026-02-03": 22_000_000,
+    "active_calls_by_domain?date=2026-02-03": 22_000_000,
+    "call_totals?from=2026-02-03&to=2026-02-03&group_by=domain_name,accountcode,day,hour": 20_000_000,
+}
+
+
+@pytest.fixture(scope="module")
+def wide(make_database: DatabaseMaker) -> Database:
+    """150 domains, and 100,000 calls each with an accountcode of its own."""
+    database = make_database()
+    database.execute(
+        "INSERT INTO v_domains (domain_uuid, domain_name)"
+        f" SELECT gen_random_uuid(), i || '.example.com' FROM generate_series(1, {DOMAINS}) AS i"
+    )
+    database.execute(
+        "INSERT INTO v_xml_cdr (xml_cdr_uuid, domain_uuid, domain_name, start_stamp, end_stamp, accountcode)"
+        " SELECT gen_random_uuid(), domain_uuid, domain_name, '2026-02-03 10:00+00', '2026-02-03 10:01+00',"
+        "        repeat('x', 100) || i"
+        "   FROM generate_series(1, 100000) AS i JOIN v_domains ON domain_name = '1.example.com'"
+    )
+    return database
+
+
+@in_linux
+@pytest.mark.parametrize("kind", ["json", "ndjson", "csv"])
+@pytest.mark.parametrize("request_", MANY_ROWS)
+def test_memory_does_not_grow_with_the_rows_of_an_aggregate(wide: Database, request_: str, kind: str) -> None:
+    """200,000 intervals, or as many groups as calls."""
+    token = wide.account(all_domains=True)
+    with serve(wide.dsn, CDR_API_WORKERS="1") as gunicorn:
+        read_all(f"{gunicorn.url}/api/call_totals?from=2026-02-03&to=2026-02-03&format={kind}", token)
+        (pid,) = gunicorn.worker_pids()
+        Path(f"/proc/{pid}/clear_refs").write_text("5", "ascii")
+        before = peak_memory(pid)
+        size = read_all(f"{gunicorn.url}/api/{request_}&format={kind}", token)
+        assert size > MANY_ROWS[request_] / (1 if kind == "json" else 3)
+        assert peak_memory(pid) - before < 16 * 1024 * 1024
+
+
+@in_linux
 @pytest.mark.parametrize("kind", ["json", "ndjson", "csv"])
 def test_memory_does_not_grow_with_the_answer(make_database: DatabaseMaker, kind: str) -> None:
     """Some 300 MB of JSON in 30,000 rows: a worker may grow by 16 MB."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 from collections import defaultdict
@@ -308,6 +309,59 @@ def test_peaks_and_activity_are_those_of_the_calls(client: Client, calls: list[C
         overlapping = [d for s, e, d in spans if s < end and (e > start or s >= start)]
         assert row["total"] == len(overlapping)
         assert row["internal"] == overlapping.count("local")
+
+
+@pytest.mark.parametrize("kind", ["concurrent", "active"])
+@pytest.mark.parametrize(
+    "range_",
+    [
+        {"date": "2026-10-12", "resolution": "1"},
+        {"date": "2026-10-25", "resolution": "60", "tz": "Europe/Berlin"},
+        {"from": "2026-10-01", "to": "2026-10-31", "resolution": "15"},
+        {"date": "2026-03-10", "resolution": "5"},
+        {"date": "2026-03-10T10", "resolution": "60"},
+        {"date": "2026-03-11T00:05", "resolution": "1"},
+    ],
+)
+def test_only_the_intervals_with_calls(client: Client, few: Client, kind: str, range_: dict[str, str]) -> None:
+    number = "active_calls" if kind == "concurrent" else "total"
+    for reader in (client, few):
+        rows = intervals(reader, kind, **range_)
+        assert intervals(reader, kind, active_only="true", **range_) == [row for row in rows if row[number]]
+        assert intervals(reader, kind, active_only="false", **range_) == rows
+
+
+SUMS = [
+    ("/api/call_totals", EVER | {"group_by": "domain_name,accountcode,day"}),
+    ("/api/call_totals", EVER),
+    ("/api/call_totals", {"from": "2020-01-01", "to": "2020-01-01", "group_by": "day"}),
+    ("/api/concurrent_calls_by_domain", {"date": "2026-10-12", "resolution": "60"}),
+    ("/api/active_calls_by_domain", {"date": "2026-10-12", "resolution": "60"}),
+]
+
+
+@pytest.mark.parametrize(("path", "parameters"), SUMS)
+def test_sums_are_the_same_in_every_format(client: Client, path: str, parameters: dict[str, str]) -> None:
+    rows = json.loads(client.get(path, **parameters).data)
+    lines = client.get(path, format="ndjson", **parameters).data.decode().splitlines()
+    assert list(map(json.loads, lines)) == rows
+    response = client.send("GET", path, query_string=parameters, headers={"Accept": "text/csv"})
+    assert response.content_type == "text/csv; charset=utf-8"
+    table = list(csv.DictReader(response.text.splitlines()))
+    assert table == [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
+
+
+def test_a_group_is_no_formula(make_database: DatabaseMaker) -> None:
+    database = make_database()
+    for code in ("=1+1", "-2", "plain"):
+        database.insert_call(accountcode=code, billsec=-7)
+    client = database.client(database.account("alpha.example.com"))
+    for csv_safe, expected in (("false", {"=1+1", "-2", "plain"}), ("true", {"'=1+1", "'-2", "plain"})):
+        response = client.get("/api/call_totals", format="csv", csv_safe=csv_safe, group_by="accountcode", **EVER)
+        table = list(csv.DictReader(response.text.splitlines()))
+        assert {row["accountcode"] for row in table} == expected
+        assert {row["billsec"] for row in table} == {"-7"}  # a number is none
+    assert client.get("/api/call_totals", csv_safe="true", **EVER).status_code == 422
 
 
 def test_a_day_of_25_hours_and_ranges(few: Client) -> None:
