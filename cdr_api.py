@@ -59,6 +59,7 @@ from cdr.parsing import (
     refuse_secrets,
 )
 from cdr.ranges import parse_moment
+from cdr.rates import Allowance, buckets
 from cdr.requestlog import Entry
 from cdr.selection import (
     FIELDS,
@@ -119,7 +120,7 @@ def register_handlers(app: Flask) -> None:
     app.register_error_handler(Exception, lambda error: answer_api_error(unexpected(error)))
     for before in (open_entry, limit_silence, examine_front, refuse_secrets_in_query):
         app.before_request(before)
-    for after in (show_request_id, harden, share):
+    for after in (show_request_id, show_allowance, harden, share):
         app.after_request(after)
 
 
@@ -194,6 +195,12 @@ def harden(response: Response) -> Response:
     return response
 
 
+EXPOSED_HEADERS = (
+    "Link, RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset, Retry-After, "
+    "X-Complete-Through, X-Next-Cursor, X-Request-ID"
+)
+
+
 def share(response: Response) -> Response:
     """Lets pages of the configured origins, and of no others, read the answer (CORS)."""
     origins = service().settings.cors_origins
@@ -204,7 +211,7 @@ def share(response: Response) -> Response:
             "Access-Control-Allow-Origin": request.headers["Origin"],
             "Access-Control-Allow-Methods": "GET, POST",
             "Access-Control-Allow-Headers": "Authorization, Content-Type",
-            "Access-Control-Expose-Headers": "Link, Retry-After, X-Complete-Through, X-Next-Cursor, X-Request-ID",
+            "Access-Control-Expose-Headers": EXPOSED_HEADERS,
         }
     return response
 
@@ -288,9 +295,29 @@ def verify_token(token: str) -> Account | None:
     account = accounts.authenticate(service(), token, read_naming())
     if account:
         entry().account_id = account.account_id
+        limit_rate(account.token_id)
     elif token:
         service().report_failure("token", entry().address)
     return account
+
+
+def limit_rate(token_id: int) -> None:
+    """Counts a request of a token; ApiError 429 if there were too many. What is left stands in the answer's headers."""
+    limit = service().settings.rate
+    if limit:
+        g.allowance = found = buckets.take(token_id, limit)
+        if found.wait:
+            message = f"This token may make {limit} requests a minute: wait {found.wait} seconds."
+            raise ApiError(429, message, headers={"Retry-After": str(found.wait)})
+
+
+def show_allowance(response: Response) -> Response:
+    found: Allowance | None = g.get("allowance")
+    if found:
+        response.headers["RateLimit-Limit"] = str(found.limit)
+        response.headers["RateLimit-Remaining"] = str(found.remaining)
+        response.headers["RateLimit-Reset"] = str(found.reset)
+    return response
 
 
 @tokens.error_handler

@@ -26,6 +26,7 @@ from gunicorn.http.unreader import SocketUnreader
 for name in [name for name in sys.modules if name.split(".")[0] == "cdr" or name.startswith("cdr_")]:
     del sys.modules[name]  # a reload takes the new code, which this process would keep otherwise
 
+import cdr.rates  # noqa: E402, F401 (its buckets are made before the fork: workers share them)
 from cdr.errors import envelope  # noqa: E402 (see above)
 from cdr.requestlog import request_log  # noqa: E402
 from cdr.settings import SettingError, Settings  # noqa: E402

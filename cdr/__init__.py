@@ -12,6 +12,7 @@ it on. Each file is one subject, and imports only those before it in this list:
     database     connection pools, prepared statements, everything at libpq's level
     cursors      signed texts that a client hands back
     requestlog   the log entry of each request; failed logins in syslog
+    rates        how many requests a token may make
     service      what a worker holds, and the transaction of an answer
     selection    which calls are asked for, and their statement
     accounts     passwords, tokens and the domains they open, login attempts

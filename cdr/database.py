@@ -254,7 +254,10 @@ def end_transaction(connection: PooledConnection) -> None:
                     pass
                 results = connection.wait(generators.fetch_many(pgconn), timeout=5)
         if pgconn.transaction_status != pq.TransactionStatus.IDLE:
-            connection.rollback()
+            try:
+                connection.rollback()
+            except psycopg.errors.QueryCanceled:  # the cancellation came late, and met this
+                connection.rollback()
     except psycopg.Error:
         connection.close()
 

@@ -65,6 +65,7 @@ class Settings:
     workers: int = field(default=os.cpu_count() or 1, metadata={"parse": integer_between(1, 256)})
     lookback_days: int = field(default=45, metadata={"parse": integer_between(1, 3650)})
     threads: int = field(default=8, metadata={"parse": integer_between(1, 256)})
+    rate: int = field(default=0, metadata={"parse": integer_between(0, 10**6)})  # requests a minute; 0: no limit
     account_streams: int = field(default=8, metadata={"parse": integer_between(1, 256)})
     client_timeout: int = field(default=60_000, metadata={"parse": parse_milliseconds})
     min_rate: int = field(default=16_384, metadata={"parse": integer_between(1, 10**9)})  # bytes per second

@@ -197,6 +197,7 @@ def test_a_thousand_clients_that_go_away_leave_nothing_behind(database: Database
     tokens = [database.account("alpha.example.com") for _ in range(4)]
     with serve(database.dsn, CDR_API_THREADS="8") as gunicorn, ThreadPoolExecutor() as pool:
         use_everything(database, gunicorn, 8)
+        list(pool.map(lambda token: go_away(gunicorn, token, 10), tokens))  # starts all threads
         before = count_resources(database, gunicorn)
         list(pool.map(lambda token: go_away(gunicorn, token, 250), tokens))
         # The very sessions that were there before: none was given up, none made anew.
