@@ -629,7 +629,9 @@ def call_totals() -> Response:
     selection = select_range(values)
     keys = [sql.Identifier(name) for name in values["group_by"] or ()]
     listed = sql.SQL(", ").join(keys)
-    group_by = sql.SQL("GROUP BY {0} ORDER BY {0}").format(listed) if keys else sql.SQL("")
+    # Hours by time: as text, the two of the night in which the clocks go back would change places.
+    order = sql.SQL(", ").join(sql.SQL("hour::timestamptz") if key == sql.Identifier("hour") else key for key in keys)
+    group_by = sql.SQL("GROUP BY {0} ORDER BY {1}").format(listed, order) if keys else sql.SQL("")
     columns = {**dict.fromkeys(values["group_by"] or (), True), **TOTALS_COLUMNS}
     keys_first = listed + sql.SQL(", ") if keys else listed
     return answer_rows("select_totals", selection, columns, values, keys=keys_first, group_by=group_by)

@@ -134,12 +134,31 @@ def test_hours_and_days_follow_the_calendar_of_the_zone(make_database: DatabaseM
         database.insert_call(end_stamp=f"{stamp}+00")
     hours = get_totals(client, group_by="hour", tz="Europe/Berlin", **{"from": "2026-10-25", "to": "2026-10-25"})
     assert [(row["hour"], row["calls"]) for row in hours] == [
-        ("2026-10-25T02:00:00+01:00", 1),
         ("2026-10-25T02:00:00+02:00", 1),
+        ("2026-10-25T02:00:00+01:00", 1),
         ("2026-10-25T23:00:00+01:00", 1),
     ]
     days = get_totals(client, group_by="day", tz="Europe/Berlin", **{"from": "2026-10-01", "to": "2026-10-31"})
     assert [(row["day"], row["calls"]) for row in days] == [("2026-10-24", 1), ("2026-10-25", 3), ("2026-10-26", 1)]
+
+
+@pytest.mark.parametrize("tz", ["Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Pacific/Auckland"])
+def test_hours_come_in_the_order_of_time_beside_any_other_key(make_database: DatabaseMaker, tz: str) -> None:
+    """Over a year, with both changes of the clock; other keys keep the order that the database gives text."""
+    database = make_database()
+    database.execute(
+        "INSERT INTO v_xml_cdr (xml_cdr_uuid, domain_name, direction, end_stamp)"
+        " SELECT gen_random_uuid(), 'alpha.example.com', direction, end_stamp"
+        " FROM generate_series(timestamptz '2026-01-02', '2026-12-30', '30 min') AS end_stamp,"
+        " unnest(ARRAY['outbound', 'inbound']) AS direction"
+    )
+    client = database.client(database.account("alpha.example.com"))
+    hours = [row["hour"] for row in get_totals(client, group_by="hour", tz=tz)]
+    assert hours == sorted(hours, key=datetime.fromisoformat)
+    pairs = [(row["hour"], row["direction"]) for row in get_totals(client, group_by="hour,direction", tz=tz)]
+    assert pairs == [(hour, direction) for hour in hours for direction in ("inbound", "outbound")]
+    pairs = [(row["direction"], row["hour"]) for row in get_totals(client, group_by="direction,hour", tz=tz)]
+    assert pairs == [(direction, hour) for direction in ("inbound", "outbound") for hour in hours]
 
 
 def test_totals_by_start_take_the_calls_that_started_then(make_database: DatabaseMaker) -> None:
