@@ -864,6 +864,14 @@ SELECT count(*) FILTER (WHERE domain_uuid IS NULL) AS nameless,
               {end_at} AS ended
          FROM v_xml_cdr AS cdr) AS calls;
 
+-- name: sample
+-- No statement but a table of one row: share, how much of the table some rows are, in per cent, by
+-- what ANALYZE has found. Where it has not been run that is all, so who uses it adds a LIMIT.
+(SELECT least(100, 100 * %(rows)s / greatest(sum(c.reltuples), 1))::real AS share
+   FROM pg_class AS c
+  WHERE c.oid = to_regclass('v_xml_cdr')
+     OR c.oid IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = to_regclass('v_xml_cdr'))) AS sample
+
 -- name: compare_stamps
 -- One row, of a sample of some rows: how many calls have an end_epoch, of how many the
 -- end_stamp is another instant (by more than a second), by how many seconds most of
@@ -876,16 +884,21 @@ SELECT count(*) AS looked_at,
                round(extract(epoch FROM CASE WHEN {end_is_zoned} AND cdr.end_stamp::text NOT IN ('infinity', '-infinity')
                                                OR {readable} THEN cdr.end_stamp::timestamptz END)::numeric
                      - cdr.end_epoch) AS difference
-          FROM (SELECT least(100, 100 * %(rows)s / greatest(sum(c.reltuples), 1))::real AS share
-                  FROM pg_class AS c
-                 WHERE c.oid = to_regclass('v_xml_cdr')
-                    OR c.oid IN (SELECT inhrelid FROM pg_inherits WHERE inhparent = to_regclass('v_xml_cdr'))) AS sample
-         CROSS JOIN LATERAL (SELECT * FROM v_xml_cdr TABLESAMPLE SYSTEM (share)) AS cdr
+          FROM {sample}
+         CROSS JOIN LATERAL (SELECT * FROM v_xml_cdr TABLESAMPLE SYSTEM (share) LIMIT %(rows)s) AS cdr
          WHERE cdr.end_epoch > 0 AND cdr.end_epoch < 253402300800) AS compared;
 
--- name: select_foreign_text
--- One row is a call with a character beyond ASCII, as text; a hundred thousand at most.
-SELECT cdr::text AS call FROM v_xml_cdr AS cdr WHERE cdr::text ~ '[^\x01-\x7f]' LIMIT 100000;
+-- name: count_broken_text
+-- One row, of a sample of some rows: how many of them hold text that is not UTF-8 in some
+-- of {columns}. For SQL_ASCII, where a character is a byte to the expression. RFC 3629.
+SELECT count(*) AS looked_at,
+       count(*) FILTER (WHERE text !~ ('^([\x01-\x7f]|[\xc2-\xdf][\x80-\xbf]'
+           || '|\xe0[\xa0-\xbf][\x80-\xbf]|[\xe1-\xec\xee\xef][\x80-\xbf][\x80-\xbf]|\xed[\x80-\x9f][\x80-\xbf]'
+           || '|\xf0[\x90-\xbf][\x80-\xbf][\x80-\xbf]|[\xf1-\xf3][\x80-\xbf][\x80-\xbf][\x80-\xbf]'
+           || '|\xf4[\x80-\x8f][\x80-\xbf][\x80-\xbf])*$')) AS broken
+  FROM {sample}
+ CROSS JOIN LATERAL (SELECT concat_ws(' ', {columns}) AS text
+                       FROM v_xml_cdr AS cdr TABLESAMPLE SYSTEM (share) LIMIT %(rows)s) AS calls;
 
 -- name: find_timeline
 SELECT cdr_api.timeline() AS timeline;

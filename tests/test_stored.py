@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -174,12 +175,64 @@ def test_check_tells_the_encoding(encoded: Database) -> None:
         assert line.startswith("✓ text               the database's encoding is")
         return
     assert line.startswith("✓ text               the database's encoding is SQL_ASCII")
+    assert "0 of a sample of 0 calls" in line
     encoded.insert_call(caller_id_name="plain")
     encoded.insert_call(caller_id_name="André")
     with encoded.connect() as connection:
         connection.execute("SET client_encoding = 'SQL_ASCII'")
         connection.execute(b"UPDATE v_xml_cdr SET caller_id_name = 'Andr\xe9' WHERE caller_id_name = 'plain'")
-    assert "1 calls hold bytes that are not UTF-8" in check(encoded.app())[1]["text"]
+    line = check(encoded.app())[1]["text"]
+    assert line.startswith("! text ")
+    assert "; 1 of a sample of 2 calls hold bytes that are not UTF-8, which are shown as U+FFFD" in line
+
+
+# Of RFC 3629, and what lies just beside it.
+SEQUENCES = [
+    b"\xc2\x80",
+    b"\xdf\xbf",
+    b"\xe0\xa0\x80",
+    b"\xed\x9f\xbf",
+    b"\xee\x80\x80",
+    b"\xef\xbf\xbf",
+    b"\xf0\x90\x80\x80",
+]
+SEQUENCES += [b"\xf4\x8f\xbf\xbf", b"\xf3\xbf\xbf\xbf", b"\xe1\x80\xbf", b"\x7f", b"\x01", b""]
+SEQUENCES += [
+    b"\x80",
+    b"\xbf",
+    b"\xc0\x80",
+    b"\xc1\xbf",
+    b"\xe0\x9f\xbf",
+    b"\xed\xa0\x80",
+    b"\xf0\x8f\xbf\xbf",
+    b"\xf4\x90\x80\x80",
+]
+SEQUENCES += [b"\xf5\x80\x80\x80", b"\xff", b"\xc2", b"\xe2\x82", b"\xf0\x9f\x93", b"\xc2a", b"\xe2\x82\xac\xac"]
+
+
+@pytest.mark.direct("makes databases of other encodings")
+@pytest.mark.parametrize("encoded", ["SQL_ASCII"], indirect=True)
+def test_check_counts_what_is_not_utf_8_in_a_sample(encoded: Database) -> None:
+    """What PostgreSQL counts is what Python cannot decode; many calls cost no more than the sample."""
+    fill = "INSERT INTO v_xml_cdr (xml_cdr_uuid, caller_id_name) SELECT gen_random_uuid(), 'Andr\xe9'"
+    with encoded.connect() as connection:
+        connection.execute("SET client_encoding = 'SQL_ASCII'")
+        for text in SEQUENCES:
+            insert = b"INSERT INTO v_xml_cdr (xml_cdr_uuid, caller_id_name) VALUES (gen_random_uuid(), E'a%sz')"
+            connection.execute(insert % b"".join(b"\\x%02x" % byte for byte in text))
+    broken = sum("\ufffd" in text.decode("utf-8", "replace") for text in SEQUENCES)
+    assert f"{broken} of a sample of {len(SEQUENCES)} calls" in check(encoded.app())[1]["text"]
+    with encoded.connect() as connection:
+        connection.execute("SET client_encoding = 'SQL_ASCII'")
+        connection.execute(f"{fill} FROM generate_series(1, 30000)".encode("latin-1"))
+    for statement in ("SELECT", "ANALYZE v_xml_cdr"):  # before and after PostgreSQL knows how many there are
+        encoded.execute(statement)
+        looked_at = int(re.findall(r"of a sample of (\d+) calls", check(encoded.app())[1]["text"])[0])
+        assert 10_000 < looked_at <= 20_000
+    encoded.execute("ALTER TABLE v_xml_cdr RENAME TO stored")
+    encoded.execute("CREATE VIEW v_xml_cdr AS SELECT * FROM stored")
+    encoded.execute("GRANT SELECT ON v_xml_cdr TO cdr_api")
+    assert check(encoded.app())[1]["text"].endswith("SQL_ASCII, which checks nothing")
 
 
 # Settings of the database -----------------------------------------------------------
