@@ -305,6 +305,8 @@ cdr.{stamp}
 -- name: distinct_calls
 -- The rows of {own_calls} where nothing keeps a key from being stored twice: one of each
 -- key, the one that ends last, or is the longest of those. So lists, pages and sums speak of the same calls.
+-- It sorts the whole domain before its first row, for in the order of the ends, in which an index would bring
+-- them, a row of the same key that ends later comes only after the one that it takes the place of.
 (SELECT DISTINCT ON (CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END) cdr.*
    FROM {own_calls} AS cdr
   WHERE true{written}
