@@ -817,14 +817,15 @@ SELECT t.token_id, a.email,
 -- Check ----------------------------------------------------------------------
 
 -- name: check_role
--- One row: who we are and what we may do with FusionPBX's tables (NULL where
--- there are none).
+-- One row: who we are, which of FusionPBX's two tables there are, and what we may do with them.
 SELECT current_user AS role,
        (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) AS superuser,
+       coalesce(array_agg(name), '{}') AS tables,
        bool_or(has_table_privilege(name, 'INSERT, UPDATE, DELETE, TRUNCATE')
                OR has_any_column_privilege(name, 'INSERT, UPDATE')) AS may_write,
        bool_and(has_table_privilege(name, 'SELECT')) AS may_read
-  FROM unnest(ARRAY[to_regclass('v_xml_cdr'), to_regclass('v_domains')]::oid[]) AS name;
+  FROM unnest(ARRAY['v_xml_cdr', 'v_domains']) AS name
+ WHERE to_regclass(name) IS NOT NULL;
 
 -- name: find_row_security
 -- One row is a table of which policies may hide rows from us.

@@ -145,7 +145,16 @@ GRANT SELECT, INSERT, UPDATE, DELETE
    ON cdr_api.accounts, cdr_api.grants, cdr_api.tokens, cdr_api.secrets, cdr_api.attempts, cdr_api.warnings TO cdr_api;
 GRANT SELECT ON cdr_api.version TO cdr_api;
 
--- Of FusionPBX's own tables: reading these two, and nothing else.
-GRANT SELECT ON v_xml_cdr, v_domains TO cdr_api;
+-- Of FusionPBX's own tables: reading these two, and nothing else. A CDR archive
+-- need not have v_domains: the names of domains are read beside the accounts.
+GRANT SELECT ON v_xml_cdr TO cdr_api;
+DO $$
+BEGIN
+  IF to_regclass('v_domains') IS NOT NULL THEN
+    GRANT SELECT ON v_domains TO cdr_api;
+  ELSE
+    RAISE NOTICE 'There is no v_domains here: this database can be an archive of calls, not that of accounts.';
+  END IF;
+END $$;
 
 COMMIT;

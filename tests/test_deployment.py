@@ -45,7 +45,6 @@ WAYS = {
 
 NOT_RUN = {
     "fail2ban (3)": "needs fail2ban and its rights; what its filter looks for is compared in the block before",
-    "FusionPBX's CDR archive": "is for another server",
     "FusionPBX 4.x": "is for another release, and its index has the name of step 11's",
 }
 

@@ -6,6 +6,7 @@ import psycopg
 import pytest
 
 import demo
+from tests.commands import check
 from tests.conftest import ROOT, Database, DatabaseMaker
 
 
@@ -65,3 +66,26 @@ def test_the_schema_fails_whole_where_there_is_no_fusionpbx(server: demo.Postgre
         connection.execute((ROOT / "schema.sql").read_text("utf-8"))
     with demo.connect(server, "empty_of_fusionpbx") as connection:
         assert connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = 'cdr_api'").fetchone() is None
+
+
+def test_an_archive_without_domains_takes_the_schema_and_serves_the_feed(make_database: DatabaseMaker) -> None:
+    """As DEPLOYMENT.md has it; a database without domains is no place for accounts, which flask check tells."""
+    database, archive = make_database(calls=30), make_database(calls=60, index=True)
+    archive.execute("DROP TABLE v_domains")
+    archive.execute("DROP OWNED BY cdr_api")
+    archive.execute("DROP SCHEMA cdr_api CASCADE")
+    for _ in range(2):
+        with archive.connect() as connection:
+            connection.execute((ROOT / "schema.sql").read_text("utf-8"))
+    app = database.app(CDR_API_CALLS_DSN=archive.dsn)
+    client = database.client(database.account("alpha.example.com"), app)
+    feed = client.get("/api/call_feed", **{"from": "2026-01-01"})
+    assert feed.status_code == 200, feed.text
+    assert len(feed.get_json()) == len(client.calls()) > 10
+    assert client.get("/api/call_feed", cursor=feed.headers["X-Next-Cursor"]).get_json() == []
+    status, lines = check(app)
+    assert status == 0, lines
+    assert lines["role"].endswith("cdr_api reads v_xml_cdr and writes nothing")
+    status, lines = check(archive.app())
+    assert status == 1
+    assert lines["domains"].startswith("✗ domains            there is no table v_domains")
