@@ -275,6 +275,13 @@ class Total:
         self.billmsec += billmsec or 0
         self.digest = (self.digest + digest(xml_cdr_uuid, billsec)) % 2**48
 
+    def join(self, row: dict[str, Any]) -> None:
+        """Adds a group of call_totals."""
+        self.calls += row["calls"]
+        self.billsec += row["billsec"]
+        self.billmsec += row["billmsec"]
+        self.digest = (self.digest + int(row["digest"], 16)) % 2**48
+
 
 # By domain and day. A domain is its uuid, which stays when it is renamed; for calls that are stored without one,
 # "name " and the name.
@@ -287,7 +294,7 @@ def show_domain(domain_uuid: str | None, domain_name: str | None) -> str:
 
 @dataclass(frozen=True)
 class Scope:
-    """The calls that a reconciliation is about: days of a time zone, of one domain or (None) of all."""
+    """The calls that a reconciliation is about: days of a time zone, under one domain_name or (None) under any."""
 
     first: date
     last: date
@@ -303,18 +310,20 @@ class Scope:
 
 
 def pbx_totals(pbx: Pbx, scope: Scope) -> Totals:
+    """By what calls show as their domain: a name that is deleted, or given to another domain, is compared as well.
+
+    Calls of a domain that was deleted show the names that are stored, so of one domain_uuid there may be several.
+    """
     groups = "domain_uuid,domain_name,day"
     where = {"from": str(scope.first), "to": str(scope.last), "group_by": groups, "tz": scope.zone.key}
-    if scope.domain:
-        where["domain_name"] = scope.domain
+    totals: Totals = {}
     with pbx.ask("call_totals", **where) as response:
         rows = read_json(response)
-    return {
-        (show_domain(row["domain_uuid"], row["domain_name"]), row["day"]): Total(
-            row["calls"], row["billsec"], row["billmsec"], int(row["digest"], 16)
-        )
-        for row in rows
-    }
+    for row in rows:
+        if scope.domain in (None, row["domain_name"]):
+            group = (show_domain(row["domain_uuid"], row["domain_name"]), row["day"])
+            totals.setdefault(group, Total()).join(row)
+    return totals
 
 
 def ledger_totals(ledger: Ledger, scope: Scope) -> Totals:
@@ -322,13 +331,22 @@ def ledger_totals(ledger: Ledger, scope: Scope) -> Totals:
     start, end = scope.bounds(scope.first, scope.last)
     rows = ledger.execute(
         "SELECT domain_uuid, domain_name, ended, xml_cdr_uuid, billsec, billmsec FROM calls"
-        " WHERE gone_at IS NULL AND ended >= ? AND ended < ? AND domain_name = coalesce(?, domain_name)",
-        (show_utc(start), show_utc(end), scope.domain),
+        " WHERE gone_at IS NULL AND ended >= ? AND ended < ? AND (? IS NULL OR domain_name = ?)",
+        (show_utc(start), show_utc(end), scope.domain, scope.domain),
     )
     for domain_uuid, domain_name, ended, *values in rows:
         day = datetime.fromisoformat(ended).astimezone(scope.zone).date()
         totals.setdefault((show_domain(domain_uuid, domain_name), str(day)), Total()).add(*values)
     return totals
+
+
+def is_known(pbx: Pbx, ledger: Ledger, scope: Scope) -> bool:
+    """Whether either side knows the name. The PBX need not: a domain may have been deleted."""
+    found = ledger.execute("SELECT EXISTS (SELECT * FROM calls WHERE domain_name = ?)", (scope.domain,)).fetchone()
+    if found[0] or pbx_totals(pbx, scope):
+        return True
+    with pbx.ask("domains") as response:
+        return any(row["domain_name"] == scope.domain for row in read_json(response))
 
 
 def compare(pbx: Pbx, ledger: Ledger, scope: Scope) -> list[tuple[str, date]]:
@@ -344,38 +362,55 @@ def compare(pbx: Pbx, ledger: Ledger, scope: Scope) -> list[tuple[str, date]]:
 def repair(pbx: Pbx, ledger: Ledger, scope: Scope, domain: str, day: date) -> str:
     """Makes a day of a domain in the ledger what it is in the PBX; says what that took."""
     start, end = map(show_utc, scope.bounds(day, day))
-    last = show_utc(scope.bounds(day, day)[1] - timedelta(microseconds=1))  # both ends of a range are inclusive
-    name = domain.removeprefix("name ") if domain.startswith("name ") else None
-    where = {"from": start, "to": last, "fields": FIELDS, "format": "ndjson"}
-    where |= {"domain_uuid": domain} if name is None else {"domain_name": name}
     corrected = 0
     with transaction(ledger):
         rows = ledger.execute(
-            "SELECT xml_cdr_uuid, billsec, billmsec FROM calls WHERE gone_at IS NULL AND ended >= ? AND ended < ?"
-            " AND CASE WHEN ? IS NULL THEN domain_uuid = ? ELSE domain_uuid IS NULL AND domain_name = ? END",
-            (start, end, name, domain, name),
+            "SELECT domain_uuid, domain_name, xml_cdr_uuid, billsec, billmsec FROM calls"
+            " WHERE gone_at IS NULL AND ended >= ? AND ended < ?",
+            (start, end),
         )
-        extra = {uuid: values for uuid, *values in rows}
-        for call in read_domain(pbx, where):
-            if name is None or call["domain_uuid"] is None:
-                corrected += extra.pop(call["xml_cdr_uuid"], None) != [call["billsec"], call["billmsec"]]
-                store(ledger, call)
+        extra = {uuid: values for uid, name, uuid, *values in rows if show_domain(uid, name) == domain}
+        for call in read_day(pbx, domain, *scope.bounds(day, day)):
+            corrected += extra.pop(call["xml_cdr_uuid"], None) != [call["billsec"], call["billmsec"]]
+            store(ledger, call)
         gone = look_up(pbx, ledger, list(extra))
     return f"{corrected} added or corrected, {len(extra) - gone} moved elsewhere, {gone} gone"
 
 
-def read_domain(pbx: Pbx, where: dict[str, str]) -> Iterator[Call]:
-    """The calls of a range; none of a domain that is deleted, or that this token may read no longer.
+def read_day(pbx: Pbx, domain: str, start: datetime, end: datetime) -> Iterator[Call]:
+    """The calls of a day; none of a domain that is deleted, or that this token may read no longer.
 
     Its calls in the ledger are marked as gone then, which is told once. They stay in
     it, and are what they were again if the domain can be read again.
     """
+    if domain.startswith("name "):
+        yield from read_strays(pbx, domain, start, end)
+        return
+    last = show_utc(end - timedelta(microseconds=1))  # both ends of a range are inclusive
+    where = {"from": show_utc(start), "to": last, "fields": FIELDS, "format": "ndjson"}
     try:
-        with pbx.ask("call_range", **where) as response:
+        with pbx.ask("call_range", domain_uuid=domain, **where) as response:
             yield from read_calls(response)
     except RefusedError as refused:
-        if refused.answer not in (403, 404):
+        if refused.answer == 404:  # which only a token that reads everything gets: also what a deletion left behind
+            yield from read_strays(pbx, domain, start, end)
+        elif refused.answer != 403:
             raise
+
+
+def read_strays(pbx: Pbx, domain: str, start: datetime, end: datetime) -> Iterator[Call]:
+    """The calls of a day that no domain can be named for: from a first poll of the feed, whose cursor is not kept.
+
+    It brings them in the order of their ends, those without an end last, so it is read to the end of the day.
+    """
+    where = {"from": show_utc(start), "fields": FIELDS, "format": "ndjson"}
+    with pbx.ask("call_feed", **where) as response:
+        for call in read_calls(response):
+            ended = find_end(call)
+            if ended is None or ended >= show_utc(end):
+                break
+            if show_domain(call["domain_uuid"], call["domain_name"]) == domain:
+                yield call
 
 
 def look_up(pbx: Pbx, ledger: Ledger, uuids: list[str]) -> int:
@@ -394,6 +429,8 @@ def look_up(pbx: Pbx, ledger: Ledger, uuids: list[str]) -> int:
 
 def reconcile(pbx: Pbx, ledger: Ledger, arguments: argparse.Namespace) -> int:
     scope = Scope(arguments.first, arguments.last, arguments.domain, arguments.tz)
+    if scope.domain is not None and not is_known(pbx, ledger, scope):
+        raise RunError(NOT_ALLOWED, f"This token may not read {scope.domain}, and the ledger has no call of it.")
     for _ in range(3):  # repairs can move calls into a group that was equal; and calls arrive meanwhile
         if not (different := compare(pbx, ledger, scope)):
             print(f"The ledger equals the PBX from {scope.first} to {scope.last}.")
@@ -431,7 +468,7 @@ def read_arguments() -> argparse.Namespace:
     command.set_defaults(run=reconcile)
     command.add_argument("--from", dest="first", type=date.fromisoformat, required=True, help="the first day")
     command.add_argument("--to", dest="last", type=date.fromisoformat, required=True, help="the last day")
-    command.add_argument("--domain", help="only this domain")
+    command.add_argument("--domain", help="only calls under this domain_name")
     command.add_argument("--tz", type=read_zone, default="UTC", help="whose days are meant (UTC)")
     return parser.parse_args()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -484,6 +485,127 @@ def test_a_renamed_domain_is_the_same_domain(python_stage: Stage) -> None:
         assert stage.poller.reconcile().startswith("The ledger equals the PBX")
     finally:
         stage.database.execute(rename, [ALPHA, "new.example.com"])
+
+
+GONE = "99999999-0000-4000-8000-000000000000"  # of a domain that was deleted
+# What is stored of calls of no domain: several names with one domain_uuid, names with none, and neither.
+STRAYS: list[tuple[str | None, str | None]] = [
+    (GONE, "gone.example.com"),
+    (GONE, "203.0.113.5"),
+    (GONE, None),
+    (GONE, ""),
+    (GONE, ALPHA),
+]
+STRAYS += [(None, "gone.example.com"), (None, "twin.example.com"), (None, ""), (None, None)]
+
+
+@contextmanager
+def domains_as_they_were(database: Database) -> Iterator[None]:
+    """Whatever is done to v_domains within is undone."""
+    database.execute("CREATE TABLE saved AS TABLE v_domains")
+    try:
+        yield
+    finally:
+        database.execute("DELETE FROM v_domains")
+        database.execute("INSERT INTO v_domains SELECT * FROM saved")
+        database.execute("DROP TABLE saved")
+
+
+def add_strays(database: Database) -> None:
+    for number, (uuid, name) in enumerate(STRAYS * 2):
+        end = TODAY - timedelta(days=2 + number % 2, hours=number)
+        database.insert_call(domain_uuid=uuid, domain_name=name, end_stamp=end, billsec=number, billmsec=number * 1000)
+
+
+def test_calls_of_no_domain_are_compared_and_repaired_for_who_reads_everything(python_stage: Stage) -> None:
+    stage = python_stage
+    stage.grant("*")
+    add_calls(stage.database, 20)
+    add_strays(stage.database)
+    stage.database.execute(
+        "INSERT INTO v_domains (domain_uuid, domain_name)"
+        " SELECT gen_random_uuid(), 'twin.example.com' FROM generate_series(1, 2)"
+    )
+    stage.poller.poll()
+    assert stage.poller.reconcile().startswith("The ledger equals the PBX")
+    before = stage.poller.execute("SELECT * FROM calls ORDER BY 1")
+    assert len(before) == 20 + 2 * len(STRAYS)
+    stage.poller.execute("DELETE FROM calls WHERE billsec % 2 = 0")
+    stage.poller.execute("UPDATE calls SET billsec = billsec + 60 WHERE billsec % 3 = 0")
+    assert "The ledger equals the PBX" in stage.poller.reconcile()
+    assert stage.poller.execute("SELECT * FROM calls ORDER BY 1") == before
+    stage.poller.execute("DELETE FROM calls WHERE domain_name = 'gone.example.com'")
+    assert "The ledger equals the PBX" in stage.poller.reconcile("--domain", "gone.example.com")
+    assert stage.poller.execute("SELECT * FROM calls ORDER BY 1") == before
+    stage.database.execute("DELETE FROM v_domains WHERE domain_name = 'twin.example.com'")
+
+
+@pytest.mark.parametrize("options", [(), ("--domain", ALPHA)])
+@pytest.mark.parametrize("calls", ["deleted", "left behind"])
+@pytest.mark.parametrize("grant", [ALPHA, "*"])
+def test_a_domain_that_was_deleted_leaves_a_month_that_can_be_closed(
+    python_stage: Stage, grant: str, calls: str, options: tuple[str, ...]
+) -> None:
+    """Whether or not its calls went with it, and also when its name is named, or was given to another domain."""
+    stage = python_stage
+    stage.grant(grant)
+    add_calls(stage.database, 40, days=2)
+    stage.database.execute("UPDATE v_xml_cdr SET domain_name = '203.0.113.5' WHERE billsec % 4 = 0")
+    stage.poller.poll()
+    stored = stage.poller.execute("SELECT xml_cdr_uuid, billsec FROM calls ORDER BY 1")
+    all_gone = calls == "deleted" or grant != "*"
+    with domains_as_they_were(stage.database):
+        stage.database.execute("DELETE FROM v_domains WHERE domain_name = %s", [ALPHA])
+        if calls == "deleted":
+            stage.database.execute("DELETE FROM v_xml_cdr WHERE domain_name IN (%s, '203.0.113.5')", [ALPHA])
+        said = stage.poller.reconcile(*options)
+        assert len(re.findall(r"\b20 gone", said)) == (2 if all_gone else 0), said
+        assert said.endswith(f"equals the PBX from {FIRST} to {TODAY.date()}.\n")
+        assert stage.poller.reconcile(*options).startswith("The ledger equals")
+        stage.database.execute(
+            "INSERT INTO v_domains (domain_uuid, domain_name) VALUES (gen_random_uuid(), %s)", [ALPHA]
+        )
+        if grant == "*":
+            stage.database.insert_call(
+                domain_uuid=stage.database.execute("SELECT domain_uuid FROM v_domains WHERE domain_name = %s", [ALPHA])[
+                    0
+                ][0],
+                end_stamp=TODAY - timedelta(days=1),
+                billsec=7,
+                billmsec=7000,
+            )
+        assert "The ledger equals" in stage.poller.reconcile(*options)
+        assert stage.poller.reconcile(*options).startswith("The ledger equals")
+    gone = stage.poller.execute("SELECT count(*) FROM calls WHERE gone_at IS NOT NULL")
+    assert gone == [(40 if all_gone else 0,)]
+    assert set(stored) <= set(stage.poller.execute("SELECT xml_cdr_uuid, billsec FROM calls")), "what was made stays"
+
+
+def test_a_ledger_with_two_names_of_one_domain_is_compared_by_its_uuid(python_stage: Stage) -> None:
+    """As a rename leaves it, under both names and under none."""
+    stage = python_stage
+    add_calls(stage.database, 30)
+    stage.poller.poll()
+    with domains_as_they_were(stage.database):
+        stage.database.execute("UPDATE v_domains SET domain_name = 'new.example.com' WHERE domain_name = %s", [ALPHA])
+        add_calls(stage.database, 10)
+        stage.poller.poll()
+        names = stage.poller.execute("SELECT DISTINCT domain_name FROM calls ORDER BY 1")
+        assert names == [(ALPHA,), ("new.example.com",)]
+        assert stage.poller.reconcile().startswith("The ledger equals the PBX")
+        for name in (ALPHA, "new.example.com"):
+            assert "The ledger equals the PBX" in stage.poller.reconcile("--domain", name)
+        assert stage.poller.execute("SELECT DISTINCT domain_name, gone_at FROM calls") == [("new.example.com", None)]
+
+
+def test_a_domain_that_nobody_knows_is_told(python_stage: Stage) -> None:
+    stage = python_stage
+    add_calls(stage.database, 3)
+    stage.poller.poll()
+    for name in ("nowhere", BETA):
+        assert stage.poller.reconcile("--domain", name, status=4) == ""
+    stage.grant(BETA)
+    assert stage.poller.reconcile("--domain", BETA).startswith("The ledger equals")
 
 
 def test_a_reconciliation_that_was_cut_keeps_nothing(python_stage: Stage) -> None:
