@@ -21,8 +21,9 @@ from werkzeug.security import generate_password_hash
 from cdr import accounts
 from cdr.check import run_checks
 from cdr.check_calls import BAD, GOOD, NOTE
-from cdr.database import Connection, connect, run
+from cdr.database import Connection, codec_of, connect, run
 from cdr.settings import Settings
+from cdr.statements import show_name
 
 user = AppGroup("user", help="Accounts: who may log in, and which domains they read.")
 token = AppGroup("token", help="Bearer tokens.")
@@ -77,7 +78,7 @@ def read_new_password(email: str, from_stdin: bool) -> str:
 
 
 def change_grants(connection: Connection, account: Mapping[str, Any], domains: Iterable[str], *, grant: bool) -> None:
-    """Grants or revokes domains by name; "*" stands for all of them, also those to come.
+    """Grants or revokes domains by name or uuid; "*" stands for all of them, also those to come.
 
     Raises ClickException for a name that grants or revokes nothing.
     """
@@ -133,7 +134,7 @@ def add_user(email: str, name: str, domains: Sequence[str], all_domains: bool, p
 def list_users() -> None:
     """Show every account with what it may read."""
     with transaction() as connection:
-        rows = run(connection, "select_accounts")
+        rows, codec = run(connection, "select_accounts"), codec_of(connection)
     print_table(
         ("ID", "E-MAIL", "NAME", "DOMAINS", "TOKENS", "STATE"),
         (
@@ -141,7 +142,9 @@ def list_users() -> None:
                 row["account_id"],
                 row["email"],
                 row["name"],
-                "*" if row["all_domains"] else ", ".join(row["domain_names"]) or None,
+                "*"
+                if row["all_domains"]
+                else ", ".join(show_name(name, codec) for name in row["domain_names"]) or None,
                 row["tokens"],
                 "disabled" if row["disabled"] else "enabled",
             )

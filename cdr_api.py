@@ -355,7 +355,7 @@ def read_domains(values: Mapping[str, Any], *, anew: bool = False) -> Domains:
     naming = read_naming()
     if anew and naming:
         account = accounts.find_named(service(), account, naming)
-    return accounts.select_domains(account, values["domain_uuid"])
+    return accounts.select_domains(service(), account, values["domain_uuid"])
 
 
 # Auth routes ------------------------------------------------------------------
@@ -553,8 +553,7 @@ def answer_calls(values: Mapping[str, Any], selection: Selection) -> Response:
 @tokens.login_required
 def domains() -> list[dict[str, Any]]:
     read_query({})
-    account = current_account()
-    return service().accounts.rows("select_domains", account_id=account.account_id, all_domains=account.all_domains)
+    return accounts.list_domains(service(), current_account())
 
 
 FEED: dict[str, Any] = {

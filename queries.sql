@@ -603,12 +603,13 @@ SELECT trim('"' FROM to_json(%(from)s::timestamptz + i * %(step)s * interval '1 
 
 -- name: find_domains
 -- One row: the domains that the account may read, as uuids and their names; of the
--- names those that no other domain bears; and the newest of the account's grants.
+-- names those that no other domain bears; and the newest of the account's grants. Names of
+-- domains leave the database as their bytes in hex, for they may not be text.
 SELECT array_agg(domain_uuid::text ORDER BY domain_uuid) FILTER (WHERE readable) AS uuids,
-       array_agg(domain_name ORDER BY domain_uuid) FILTER (WHERE readable) AS names,
-       array_agg(domain_name ORDER BY domain_uuid) FILTER (WHERE readable AND bearers = 1) AS lone_names,
+       array_agg(name ORDER BY domain_uuid) FILTER (WHERE readable) AS names,
+       array_agg(name ORDER BY domain_uuid) FILTER (WHERE readable AND bearers = 1) AS lone_names,
        (SELECT max(g.grant_id) FROM cdr_api.grants AS g WHERE g.account_id = %(account_id)s) AS newest_grant
-  FROM (SELECT d.domain_name, d.domain_uuid, count(*) OVER (PARTITION BY d.domain_name) AS bearers,
+  FROM (SELECT encode(convert_to(d.domain_name, getdatabaseencoding()), 'hex') AS name, d.domain_uuid, count(*) OVER (PARTITION BY d.domain_name) AS bearers,
                %(all_domains)s OR g.domain_uuid IS NOT NULL AS readable
           FROM v_domains AS d
           LEFT JOIN cdr_api.grants AS g
@@ -616,8 +617,9 @@ SELECT array_agg(domain_uuid::text ORDER BY domain_uuid) FILTER (WHERE readable)
 
 -- name: find_named_domains
 -- One row: the domains of a name (FusionPBX does not keep it unique), as a list of
--- uuid, name, and whether it is granted to the account.
-SELECT coalesce(json_agg(json_build_object('uuid', d.domain_uuid, 'name', d.domain_name,
+-- uuid, name (its bytes in hex), and whether it is granted to the account.
+SELECT coalesce(json_agg(json_build_object('uuid', d.domain_uuid,
+                                           'name', encode(convert_to(d.domain_name, getdatabaseencoding()), 'hex'),
                                            'granted', g.domain_uuid IS NOT NULL)), '[]') AS named
   FROM v_domains AS d
   LEFT JOIN cdr_api.grants AS g
@@ -630,7 +632,7 @@ SELECT coalesce(json_agg(json_build_object('uuid', d.domain_uuid, 'name', d.doma
 
 -- name: select_domains
 -- One row is a domain that the account may read, by name.
-SELECT d.domain_uuid::text, d.domain_name
+SELECT d.domain_uuid::text, encode(convert_to(d.domain_name, getdatabaseencoding()), 'hex') AS name
   FROM v_domains AS d
  WHERE %(all_domains)s
     OR EXISTS (SELECT FROM cdr_api.grants AS g
@@ -651,11 +653,11 @@ RETURNING account_id, name, email, all_domains,
           to_char(updated_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS updated_at;
 
 -- name: upsert_grants
--- One row is a domain that is now granted; a name that no domain bears gives none.
+-- One row is a domain that is now granted; a name or uuid that no domain has gives none.
 INSERT INTO cdr_api.grants (account_id, domain_uuid)
 SELECT %(account_id)s, d.domain_uuid
   FROM v_domains AS d
- WHERE d.domain_name = ANY(%(domain_names)s)
+ WHERE d.domain_name = ANY(%(domain_names)s) OR d.domain_uuid::text = ANY(%(domain_names)s)
     ON CONFLICT (account_id, domain_uuid) DO UPDATE SET domain_uuid = EXCLUDED.domain_uuid
 RETURNING domain_uuid;
 
@@ -765,11 +767,11 @@ SELECT value FROM cdr_api.secrets WHERE name = %(name)s;
 -- name: select_accounts
 -- One row is an account with the names of its domains and its live tokens.
 SELECT a.account_id, a.email, a.name, a.all_domains, a.disabled_at IS NOT NULL AS disabled,
-       ARRAY(SELECT coalesce(d.domain_name, g.domain_uuid::text)
+       ARRAY(SELECT encode(convert_to(coalesce(d.domain_name, g.domain_uuid::text), getdatabaseencoding()), 'hex')
                FROM cdr_api.grants AS g
                LEFT JOIN v_domains AS d USING (domain_uuid)
               WHERE g.account_id = a.account_id
-              ORDER BY 1) AS domain_names,
+              ORDER BY coalesce(d.domain_name, g.domain_uuid::text)) AS domain_names,
        (SELECT count(*)
           FROM cdr_api.tokens AS t
          WHERE t.account_id = a.account_id
@@ -781,7 +783,7 @@ SELECT a.account_id, a.email, a.name, a.all_domains, a.disabled_at IS NOT NULL A
 UPDATE cdr_api.accounts SET all_domains = %(all_domains)s, updated_at = now() WHERE account_id = %(account_id)s;
 
 -- name: delete_grants
--- One row is a grant that is gone. A domain that is no more goes by its uuid.
+-- One row is a grant that is gone. By uuid also that of a domain that is no more.
 DELETE FROM cdr_api.grants AS g
  WHERE g.account_id = %(account_id)s
    AND (g.domain_uuid::text = ANY(%(domain_names)s)

@@ -21,7 +21,7 @@ from cdr.database import Connection, prepare, run, select_prepared
 from cdr.errors import ApiError, ValidationErrors, refuse
 from cdr.selection import Domains
 from cdr.service import Service
-from cdr.statements import STATEMENTS, can_hold, number_placeholders
+from cdr.statements import STATEMENTS, can_hold, number_placeholders, read_text, show_text
 
 log = logging.getLogger("cdr_api")
 
@@ -98,11 +98,28 @@ def find_domains(service: Service, account: Account) -> Domains:
     """Every domain that the account may read."""
     parameters = {"account_id": account.account_id, "all_domains": account.all_domains}
     (row,) = service.accounts.rows("find_domains", **parameters)
-    uuids, names, lone_names = (row[name] or [] for name in ("uuids", "names", "lone_names"))
-    return Domains(uuids, names, lone_names, everything=account.all_domains, newest_grant=row["newest_grant"])
+    found = read_domains(row, service.accounts.codec)
+    return replace(found, everything=account.all_domains, newest_grant=row["newest_grant"])
 
 
-def select_domains(account: Account, domain_uuid: str | None) -> Domains:
+def read_domains(row: Mapping[str, Any], codec: str | None) -> Domains:
+    """A row of find_domains, from a database with a codec."""
+    names, lone_names = ([read_text(name, codec) for name in row[column] or ()] for column in ("names", "lone_names"))
+    return Domains(row["uuids"] or [], names, lone_names, codec=codec)
+
+
+def list_domains(service: Service, account: Account) -> list[dict[str, Any]]:
+    """The same for people, by name."""
+    parameters = {"account_id": account.account_id, "all_domains": account.all_domains}
+    rows = service.accounts.rows("select_domains", **parameters)
+    codec = service.accounts.codec
+    return [
+        {"domain_uuid": row["domain_uuid"], "domain_name": show_text(read_text(row["name"], codec), codec)}
+        for row in rows
+    ]
+
+
+def select_domains(service: Service, account: Account, domain_uuid: str | None) -> Domains:
     """The domains that the request names; ApiError 403, or 404 for accounts that may read all.
 
     A name is readable when every domain that bears it is.
@@ -112,8 +129,10 @@ def select_domains(account: Account, domain_uuid: str | None) -> Domains:
         raise ApiError(404, "There is no such domain.")
     if not account.all_domains and not (asked and all(found["granted"] for found in asked)):
         raise ApiError(403, "This account may not read this domain.")
-    names = [found["name"] for found in asked]
-    return Domains([found["uuid"] for found in asked], names, names if len(account.named) == 1 else [], named=True)
+    codec = service.accounts.codec
+    names = [read_text(found["name"], codec) for found in asked]
+    lone_names = names if len(account.named) == 1 else []
+    return Domains([found["uuid"] for found in asked], names, lone_names, named=True, codec=codec)
 
 
 def touch_token(service: Service, token_id: int) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import psycopg
 
+from cdr.accounts import read_domains
 from cdr.check_calls import BAD, CHECKS, GOOD, NOTE, Finding, Subject
-from cdr.database import Connection, connect, run
+from cdr.database import Connection, codec_of, connect, run
 from cdr.selection import Domains
 from cdr.settings import Settings, unknown_settings
 
@@ -36,9 +37,9 @@ def find_domains(settings: Settings) -> Domains:
     try:
         with connect(settings.dsn) as connection:
             (row,) = run(connection, "find_domains", account_id=0, all_domains=True)
+            return read_domains(row, codec_of(connection))
     except psycopg.Error:  # which is told by the checks of that server
         return Domains()
-    return Domains(row["uuids"] or [], row["names"] or [], row["lone_names"] or [])
 
 
 def check_settings(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from cdr.database import Connection, run
+from cdr.database import Connection, codec_of, run
 from cdr.parsing import parse_zone
 from cdr.selection import (
     FIELDS,
@@ -146,8 +146,9 @@ def check_domains_of_calls(subject: Subject, connection: Connection) -> Iterator
     """Calls that belong to no domain, in one pass with whatever else takes a look at every call."""
     days = subject.settings.lookback_days
     query = STATEMENTS["examine_calls"].format(end_at=compose_instant("end"))
-    parameters = {"days": days, "zone": find_zone(subject, connection), **subject.domains.parameters()}
-    found = connection.execute(query, parameters).fetchall()[0]
+    domains = subject.domains.fit(codec_of(connection))
+    parameters = {"days": days, "zone": find_zone(subject, connection), **domains.parameters()}
+    found = connection.execute(mogrify(connection, query.as_string(), parameters)).fetchall()[0]
     yield from check_nameless(found["nameless"], connection)
     if found["of_no_domain"]:
         text = f"{found['of_no_domain']} belong to no domain that exists; only accounts that read everything get them"

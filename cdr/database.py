@@ -105,6 +105,24 @@ def run(connection: Connection, statement: str, **parameters: Any) -> list[dict[
     return cursor.fetchall() if cursor.rownumber is not None else []
 
 
+def find_codec(encoding: str | None) -> str | None:
+    """Python's name of one of PostgreSQL's encodings; None for UTF8, and for those that Python does not know.
+
+    In SQL_ASCII PostgreSQL knows of no encoding: what is there is UTF-8 for the most part.
+    """
+    if encoding == "SQL_ASCII":
+        return "utf-8"
+    try:
+        return pg2pyenc(encoding.encode()) if encoding and encoding != "UTF8" else None
+    except psycopg.NotSupportedError:
+        return None
+
+
+def codec_of(connection: Connection) -> str | None:
+    """That of a connection's database."""
+    return find_codec(connection.info.parameter_status("server_encoding"))
+
+
 # Pools ------------------------------------------------------------------------
 
 
@@ -212,17 +230,9 @@ class Database:
     def codec(self) -> str | None:
         """Python's name of it, where text has to be decoded by us; None where PostgreSQL gives UTF-8.
 
-        PostgreSQL gives up an answer at the first byte that cannot be converted. In
-        SQL_ASCII it knows of no encoding: what is there is UTF-8 for the most part.
+        PostgreSQL gives up an answer at the first byte that cannot be converted.
         """
-        if self.encoding == "UTF8":
-            return None
-        if self.encoding == "SQL_ASCII":
-            return "utf-8"
-        try:
-            return pg2pyenc(self.encoding.encode())
-        except psycopg.NotSupportedError:
-            return None
+        return find_codec(self.encoding)
 
     def close(self) -> None:
         self.pool.close()

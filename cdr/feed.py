@@ -16,7 +16,7 @@ from cdr.errors import ApiError, unavailable
 from cdr.ranges import EARLIEST, clamp, find_edge, find_zone
 from cdr.selection import Domains, Key, Selection
 from cdr.service import Service
-from cdr.statements import STATEMENTS
+from cdr.statements import STATEMENTS, mogrify
 
 FEED_VERSION = 2
 # Transaction ids are compared by 32 bits: a cursor may be almost half of them old.
@@ -103,7 +103,8 @@ def find_marks(domains: Domains) -> list[str]:
     """What tells the names of domains apart: calls without a uuid belong to them by name."""
     if domains.everything:
         return []
-    marks = sorted(hashlib.sha256(str(name).encode()).hexdigest()[:6] for name in domains.lone_names)
+    names = (str(name).encode("utf-8", "surrogateescape") for name in domains.lone_names)
+    marks = sorted(hashlib.sha256(name).hexdigest()[:6] for name in names)
     return marks if len(marks) <= MOST_NAMES else [hashlib.sha256("".join(marks).encode()).hexdigest()[:16]]
 
 
@@ -169,7 +170,8 @@ def check_rows(connection: Connection, cursor: FeedCursor, selection: Selection,
     names = [] if selection.domains.everything else selection.domains.lone_names
     new = [name for name in names if not set(find_marks(Domains(lone_names=[name]))) <= set(cursor.names)]
     changed = find_marks(selection.domains) != list(cursor.names)
-    if changed and new and run(connection, "find_nameless", names=new)[0]["found"]:
+    find_nameless = mogrify(connection, STATEMENTS["find_nameless"].as_string(), {"names": new})
+    if changed and new and connection.execute(find_nameless).fetchall()[0]["found"]:
         gone(cursor.since, "A domain has been given the name of older calls that have no domain_uuid")
 
 

@@ -12,7 +12,7 @@ from psycopg import sql
 
 from cdr.database import PooledConnection
 from cdr.parsing import Parser, integer_between, list_of, parse_flag, parse_uuid
-from cdr.statements import STATEMENTS, can_hold, mogrify
+from cdr.statements import STATEMENTS, can_hold, mogrify, show_text
 
 # Fields -----------------------------------------------------------------------
 
@@ -93,6 +93,17 @@ class Domains:
     everything: bool = False
     named: bool = False  # whether the request names them
     newest_grant: int | None = None  # of the account's grants, when all of them count
+    codec: str | None = None  # of the database that the names are from, which read_text has read
+
+    def fit(self, codec: str | None) -> Domains:
+        """The same for calls in a database of another codec: what that cannot hold, none of its calls can bear."""
+        if codec == self.codec:
+            return self
+        encoding = codec or "utf-8"
+        shown = [show_text(name, self.codec) for name in self.names]
+        names = [None if name is None else name.encode(encoding, "replace").decode(encoding) for name in shown]
+        lone_names = [name if name is not None and can_hold(codec, name) else None for name in self.lone_names]
+        return replace(self, names=names, lone_names=lone_names, codec=codec)
 
     def statement(self, connection: PooledConnection) -> str:
         """Of queries.sql: what selects their calls, in the connection's transaction."""
@@ -157,7 +168,7 @@ class Selection:
         filters = {name: values[name] for name in FILTERS if values.get(name) is not None}
         held = {name: value for name, value in filters.items() if can_hold(codec, value)}
         possible = len(held) == len(filters) and (domains.everything or bool(domains.uuids))
-        return cls(domains, held, possible=possible, zone=zone)
+        return cls(domains.fit(codec), held, possible=possible, zone=zone)
 
     def within(self, start: datetime, end: datetime, by: str) -> Selection:
         """Only calls whose stamp lies in [start, end)."""

@@ -35,15 +35,45 @@ def find_placeholders(statement: str) -> frozenset[str]:
     return frozenset(re.findall(r"(?<!%)%\((\w+)\)s", statement))
 
 
+# What read_text makes of bytes that are not text.
+ODD = re.compile("[\udc80-\udcff]")
+
+
+def write_literal(connection: psycopg.Connection[Any], value: Any) -> str:
+    """A value as a literal; bytes that read_text could not read are the same bytes in it again."""
+    if isinstance(value, list) and any(isinstance(one, str) and ODD.search(one) for one in value):
+        return f"ARRAY[{', '.join(write_literal(connection, one) for one in value)}]"
+    if isinstance(value, str) and ODD.search(value):
+        quoted = value.replace("\\", "\\\\").replace("'", "''")
+        return "E'" + ODD.sub(lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", quoted) + "'"
+    return sql.Literal(value).as_string(connection)
+
+
 def mogrify(connection: psycopg.Connection[Any], statement: str, parameters: Mapping[str, Any]) -> bytes:
     """A statement with its parameters in it as literals."""
-    literals = {name: sql.Literal(parameters[name]).as_string(connection) for name in find_placeholders(statement)}
+    literals = {name: write_literal(connection, parameters[name]) for name in find_placeholders(statement)}
     return (statement % literals).encode()
 
 
 def decode(text: bytes, codec: str | None) -> bytes:
     """Text of a database in UTF-8: what cannot be read becomes U+FFFD."""
     return text.decode(codec, "replace").encode() if codec else text
+
+
+def read_text(stored: str | None, codec: str | None) -> str | None:
+    """Text of a database by its bytes in hex, which write_literal gives back; show_text is for people."""
+    return None if stored is None else bytes.fromhex(stored).decode(codec or "utf-8", "surrogateescape")
+
+
+def show_text(text: str | None, codec: str | None) -> str | None:
+    """What read_text read, with U+FFFD for what cannot be read."""
+    encoding = codec or "utf-8"
+    return None if text is None else text.encode(encoding, "surrogateescape").decode(encoding, "replace")
+
+
+def show_name(stored: str, codec: str | None) -> str:
+    """The same of bytes in hex."""
+    return show_text(read_text(stored, codec), codec) or ""
 
 
 def can_hold(codec: str | None, value: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import demo
-from tests.commands import check
+from tests.commands import check, flask
 from tests.conftest import PASSWORD, Client, Database, DatabaseMaker, problem
 
 ALPHA = "alpha.example.com"
@@ -166,6 +166,126 @@ def test_what_the_database_cannot_hold_is_found_nowhere_and_stored_nowhere(encod
         return
     assert registered.status_code == 422
     assert list(problem(registered)["data"]) == ["name"]
+
+
+ODD = "0dd00000-0000-4000-8000-000000000001"  # of a domain whose name is stored in bytes of its own
+
+
+def add_odd_domain(database: Database, encoding: str, name: bytes) -> list[str]:
+    """A domain whose name is some bytes, with a call by its uuid, one by its name alone, and one of alpha."""
+    times = {"start_stamp": "2026-01-15 11:59:00+00", "end_stamp": "2026-01-15 12:00:00+00", "billsec": 7}
+    uuids = [database.insert_call(domain_uuid=ODD, domain_name="203.0.113.5", **times)]
+    uuids += [database.insert_call(domain_uuid=None, domain_name=name, **times) for name in (None, ALPHA)]
+    with database.connect() as connection:
+        connection.execute(f"SET client_encoding = '{encoding}'")
+        stored = b"'" + name + b"'"
+        insert = b"INSERT INTO v_domains (domain_uuid, domain_name) VALUES ('" + ODD.encode() + b"', " + stored + b")"
+        connection.execute(insert)
+        connection.execute(b"UPDATE v_xml_cdr SET domain_name = " + stored + b" WHERE domain_name IS NULL")
+    return uuids
+
+
+def shown_names(client: Client, path: str, column: str = "domain_name", **parameters: str) -> set[str | None]:
+    response = client.get(path, **parameters)
+    assert response.status_code == 200, response.text
+    return {row[column] for row in json.loads(response.data)}
+
+
+@pytest.mark.direct("makes databases of other encodings")
+def test_a_domain_whose_name_is_not_text_is_shown_and_has_its_calls_by_uuid(encoded: Database) -> None:
+    encoding = encoded.name.removeprefix("test_stored_").upper()
+    odd = f"{SHOWN[encoding]}'\\.example.com"
+    calls = add_odd_domain(encoded, encoding, ENCODINGS[encoding] + rb"''\.example.com")
+    app = encoded.app()
+    everything = encoded.client(encoded.account(all_domains=True), app)
+    token = encoded.account(email="odd@example.com")
+    assert flask(app, "user", "grant", "odd@example.com", ODD).exit_code == 0
+    assert odd in flask(app, "user", "list").output
+    theirs, alpha = Client(app, token), Client(app, encoded.account(ALPHA))
+    assert shown_names(theirs, "/api/domains") == {odd}
+    assert odd in shown_names(everything, "/api/domains")
+    feed = {"from": "2026-01-01"}
+    for client in (everything, theirs):
+        found = read(client, domain_name=[], domain_uuid=ODD)
+        assert [(call["xml_cdr_uuid"], call["domain_name"]) for call in found] == [(uuid, odd) for uuid in calls[:2]]
+        for path in ("/api/calls", "/api/call_feed"):
+            values = feed if path.endswith("feed") else {}
+            assert shown_names(client, path, domain_uuid=ODD, **values) == {odd}
+        page = client.get("/api/calls", domain_uuid=ODD, limit="1", fields="domain_name")
+        assert page.get_json() == [{"domain_name": odd}]
+        assert "Link" in page.headers
+        text = client.get("/api/calls", domain_uuid=ODD, format="csv", fields="domain_name").data.decode()
+        assert text == f"domain_name\n{odd}\n{odd}\n"
+        (total,) = client.get("/api/call_totals", group_by="domain_name", domain_uuid=ODD, **EVER).get_json()
+        assert (total["domain_name"], total["calls"]) == (odd, 2)
+        for kind, column in (("concurrent", "domain_name"), ("active", "domain")):
+            day = {"date": "2026-01-15", "resolution": "60"}
+            assert shown_names(client, f"/api/{kind}_calls_by_domain", column, domain_uuid=ODD, **day) == {odd}
+            assert odd in shown_names(client, f"/api/{kind}_calls_by_domain", column, **day)
+    for client, mine in ((everything, calls), (theirs, calls[:2]), (alpha, calls[2:])):
+        first = client.get("/api/call_feed", **feed)
+        assert {call["xml_cdr_uuid"] for call in first.get_json()} == set(mine)
+        assert client.get("/api/call_feed", cursor=first.headers["X-Next-Cursor"]).get_json() == []
+        assert client.get("/api/call_totals", **EVER).get_json()[0]["calls"] == len(mine)
+        groups = client.get("/api/call_totals", group_by="domain_name", **EVER).get_json()
+        assert sum(row["calls"] for row in groups) == len(mine)
+        found = client.post("/api/call_lookup", json={"xml_cdr_uuid": calls}).get_json()
+        assert len(found["calls"]) == len(mine)
+    assert len(read(alpha)) == 1
+    if "\ufffd" not in odd:
+        assert len(read(theirs, domain_name=odd)) == 2
+    status, lines = check(app)
+    assert status == 0, lines
+    assert lines["lost calls"].startswith("✓ ")
+    assert flask(app, "user", "revoke", "odd@example.com", ODD).exit_code == 0
+    assert shown_names(theirs, "/api/domains") == set()
+
+
+@pytest.mark.direct("makes databases of other encodings")
+def test_a_name_given_to_an_odd_domain_is_seen_by_a_cursor(encoded: Database) -> None:
+    """As of any other name: an older call without a domain_uuid bears it."""
+    encoding = encoded.name.removeprefix("test_stored_").upper()
+    calls = add_odd_domain(encoded, encoding, ENCODINGS[encoding])
+    encoded.execute("UPDATE v_domains SET domain_name = 'for now' WHERE domain_uuid = %s", [ODD])
+    client = encoded.client(encoded.account(ODD))
+    first = client.get("/api/call_feed", **{"from": "2026-01-01"})
+    assert {call["xml_cdr_uuid"] for call in first.get_json()} == {calls[0]}
+    with encoded.connect() as connection:
+        connection.execute(f"SET client_encoding = '{encoding}'")
+        connection.execute(
+            b"UPDATE v_domains SET domain_name = '" + ENCODINGS[encoding] + b"' WHERE domain_name = 'for now'"
+        )
+    assert client.get("/api/call_feed", cursor=first.headers["X-Next-Cursor"]).status_code == 410
+
+
+@pytest.mark.direct("makes databases of other encodings")
+def test_an_archive_in_another_encoding_shows_what_it_can_hold_of_a_name(
+    encoded: Database, make_database: DatabaseMaker
+) -> None:
+    """Of either the domains, beside the accounts, and of the other the calls."""
+    encoding = encoded.name.removeprefix("test_stored_").upper()
+    plain = make_database(index=True)
+    name = "中文.example.com"
+    plain.execute("INSERT INTO v_domains (domain_uuid, domain_name) VALUES (%s, %s)", [ODD, name])
+    mine = encoded.insert_call(domain_uuid=ODD, end_stamp="2026-01-15 12:00:00+00")
+    for token in (plain.account(name), plain.account(all_domains=True)):
+        client = Client(plain.app(CDR_API_CALLS_DSN=encoded.dsn), token)
+        (call,) = read(client, domain_name=name)
+        assert call["xml_cdr_uuid"] == mine
+        assert call["domain_name"] == (name if encoding in ("SQL_ASCII", "EUC_JP") else "??.example.com")
+        assert client.get("/api/call_totals", **EVER).get_json()[0]["calls"] == 1
+        assert len(client.get("/api/call_feed", **{"from": "2026-01-01"}).get_json()) == 1
+        assert name in shown_names(client, "/api/domains")
+        assert "importer" in check(client.app)[1]
+    encoded.execute("DELETE FROM v_xml_cdr")
+    add_odd_domain(encoded, encoding, ENCODINGS[encoding])
+    theirs = plain.insert_call(domain_uuid=ODD, end_stamp="2026-01-15 12:00:00+00")
+    for token in (encoded.account(ODD), encoded.account(all_domains=True)):
+        client = Client(encoded.app(CDR_API_CALLS_DSN=plain.dsn), token)
+        (call,) = read(client, domain_name=[], domain_uuid=ODD)
+        assert (call["xml_cdr_uuid"], call["domain_name"]) == (theirs, SHOWN[encoding])
+        assert client.get("/api/call_totals", **EVER).get_json()[0]["calls"] == 1
+        assert "importer" in check(client.app)[1]
 
 
 @pytest.mark.direct("makes databases of other encodings")
