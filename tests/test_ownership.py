@@ -112,11 +112,12 @@ def test_totals_count_the_calls_of_the_granted_domains(world: World) -> None:
 
 def test_totals_over_everything_equal_the_table(world: World) -> None:
     """However they are grouped: a carrier's invoice counts the calls of no domain too."""
-    where = "WHERE end_stamp IS NOT NULL"
-    stored = world.database.execute(f"SELECT count(*), sum(billsec)::bigint FROM v_xml_cdr {where}")[0]
-    for group_by in ("domain_uuid", "domain_name", "domain_name,domain_uuid", "domain_uuid,day"):
-        rows = answer(world.clients["all"], "/api/call_totals", **WIDE_SHAPE, group_by=group_by)
-        assert (sum(row["calls"] for row in rows), sum(row["billsec"] for row in rows)) == tuple(stored)
+    for by in ("end", "start"):
+        where = f"WHERE {by}_stamp IS NOT NULL"
+        stored = world.database.execute(f"SELECT count(*), sum(billsec)::bigint FROM v_xml_cdr {where}")[0]
+        for group_by in ("domain_uuid", "domain_name", "domain_name,domain_uuid", "domain_uuid,day", "direction,hour"):
+            rows = answer(world.clients["all"], "/api/call_totals", **WIDE_SHAPE, by=by, group_by=group_by)
+            assert (sum(row["calls"] for row in rows), sum(row["billsec"] for row in rows)) == tuple(stored)
 
 
 @pytest.mark.parametrize("group_by", ["domain_uuid", "domain_name", "domain_name,domain_uuid"])
@@ -169,6 +170,14 @@ def test_an_answer_shows_the_present_name_of_the_domain_and_the_stored_text_wher
 # With a domain ----------------------------------------------------------------
 
 WHOSE = [("alpha", UA), ("beta", B), ("alpha and beta", B), ("capital", C), ("all", UA), ("all", C)]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("concurrent", "domain_name"), ("active", "domain")])
+def test_each_name_has_every_interval_also_that_of_calls_of_no_domain(world: World, kind: str, name: str) -> None:
+    rows = answer(world.clients["all"], f"/api/{kind}_calls_by_domain", **HOURS_OF_A_DAY)
+    nobodys = {call.name for call in world.calls.values() if not call.owner}
+    assert {None, "", "gone.example.com"} <= nobodys
+    assert Counter(row[name] for row in rows) == dict.fromkeys(nobodys | set(NAMED.values()), 24)
 
 
 @pytest.mark.parametrize(("who", "uuid"), WHOSE)
