@@ -26,7 +26,8 @@ from gunicorn.http.unreader import SocketUnreader
 for name in [name for name in sys.modules if name.split(".")[0] == "cdr" or name.startswith("cdr_")]:
     del sys.modules[name]  # a reload takes the new code, which this process would keep otherwise
 
-import cdr.rates  # noqa: E402, F401 (its buckets are made before the fork: workers share them)
+import cdr.rates  # noqa: E402 (its buckets are made before the fork: workers share them)
+import cdr.service  # noqa: E402
 from cdr.errors import envelope  # noqa: E402 (see above)
 from cdr.requestlog import request_log  # noqa: E402
 from cdr.settings import SettingError, Settings  # noqa: E402
@@ -61,16 +62,23 @@ secure_scheme_headers: dict[str, str] = {}
 
 
 def when_ready(server: Arbiter) -> None:
-    """Says once, in one line, if a database cannot be reached. Serving goes on: it may come back."""
+    """Finds the time zone of the calls' database, for all workers.
+
+    Says once, in one line, if a database cannot be reached. Serving goes on: it may come back.
+    """
     for variable, dsn in (("CDR_API_DSN", settings.dsn), ("CDR_API_CALLS_DSN", settings.calls_dsn)):
         try:
             if dsn:
-                psycopg.connect(dsn, connect_timeout=5).close()
+                with psycopg.connect(dsn, connect_timeout=5) as connection:
+                    cdr.service.zone_at_start = connection.info.parameter_status("TimeZone") or ""
         except psycopg.Error as error:
             reason = " ".join(str(error).split())
             server.log.error(
                 "%s: no connection (%s); every request is answered 503 until there is one", variable, reason
             )
+
+
+on_reload = when_ready
 
 
 def worker_exit(_server: Arbiter, worker: Worker) -> None:

@@ -23,6 +23,9 @@ from cdr.statements import STATEMENTS, mogrify
 
 log = logging.getLogger("cdr_api")
 
+# The database's time zone when the service started. gunicorn's master sets it before it
+# forks: so all workers answer in one zone, whatever the database is set to meanwhile.
+zone_at_start = ""
 REPEAT_SECONDS = 3600  # until the same warning is written again
 
 
@@ -59,8 +62,8 @@ class Service:
     @functools.cached_property
     def time_zone(self) -> str:
         """The name of the zone that stamps are shown and read in."""
-        if self.settings.timezone:
-            return self.settings.timezone
+        if self.settings.timezone or zone_at_start:
+            return self.settings.timezone or zone_at_start
         with self.calls.connection() as connection:
             return connection.info.parameter_status("TimeZone") or "UTC"
 

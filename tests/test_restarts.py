@@ -160,6 +160,28 @@ def test_no_request_fails_while_workers_are_replaced(
     assert set(outcomes) == {"200"}, outcomes
 
 
+def test_all_workers_answer_in_the_zone_of_the_start(make_database: DatabaseMaker) -> None:
+    """Also a worker that is made after the database's zone was changed; a reload takes the new zone."""
+    database = make_database()
+    database.insert_call()
+    token, zone = database.account("alpha.example.com"), "ALTER DATABASE %s SET timezone = '%s'"
+    database.execute(zone % (database.name, "Asia/Tokyo"))
+
+    def offsets(gunicorn: Gunicorn) -> set[str]:
+        stamps = (fetch(calls_url(gunicorn, fields="end_stamp"), token).get_json() for _ in range(20))
+        return {found[0]["end_stamp"][-6:] for found in stamps}
+
+    with serve(database.dsn, CDR_API_WORKERS="2") as gunicorn:
+        assert offsets(gunicorn) == {"+09:00"}
+        database.execute(zone % (database.name, "America/Lima"))
+        gone = stop_one(gunicorn)
+        wait_for(lambda: len(set(gunicorn.worker_pids()) - gone) == 2)
+        assert offsets(gunicorn) == {"+09:00"}
+        gone = reload_all(gunicorn)
+        wait_for(lambda: len(gunicorn.worker_pids()) == 2 and not gone & set(gunicorn.worker_pids()))
+        assert offsets(gunicorn) == {"-05:00"}
+
+
 # Clients that go away ---------------------------------------------------------
 
 
