@@ -16,12 +16,12 @@ import click
 import psycopg
 from flask import Flask, current_app
 from flask.cli import AppGroup, with_appcontext
-from werkzeug.security import generate_password_hash
 
 from cdr import accounts
 from cdr.check import run_checks
 from cdr.check_calls import BAD, GOOD, NOTE
 from cdr.database import Connection, codec_of, connect, run
+from cdr.passwords import hash_password
 from cdr.settings import Settings
 from cdr.statements import show_name
 
@@ -120,9 +120,9 @@ def add_user(email: str, name: str, domains: Sequence[str], all_domains: bool, p
         email, name = accounts.parse_email(email), accounts.parse_name(name)
     except ValueError as error:
         raise click.ClickException(f"the e-mail address or the name {error}") from None
-    password = read_new_password(email, password_stdin)
+    password_hash = hash_password(read_new_password(email, password_stdin))
     with transaction() as connection:
-        account = accounts.add_account(connection, name, email, password, all_domains=all_domains)
+        account = accounts.add_account(connection, name, email, password_hash, all_domains=all_domains)
         if not account:
             raise click.ClickException(f"there is an account {email} already")
         change_grants(connection, account, domains, grant=True)
@@ -182,7 +182,7 @@ def revoke(email: str, domains: Sequence[str]) -> None:
 @one_line_errors
 def change_password(email: str, password_stdin: bool, revoke_tokens: bool) -> None:
     """Set a new password. Tokens stay good, unless --revoke-tokens is given."""
-    password_hash = generate_password_hash(read_new_password(email, password_stdin))
+    password_hash = hash_password(read_new_password(email, password_stdin))
     with transaction() as connection:
         account_id = find_account(connection, email)["account_id"]
         run(connection, "set_password", account_id=account_id, password_hash=password_hash)

@@ -721,7 +721,7 @@ SELECT key FROM unnest(%(keys)s::bytea[]) AS key
                  + CASE WHEN a.failures < 9 OR a.next_at < clock_timestamp() - interval '1 hour' THEN interval '0'
                         ELSE least(2 ^ least(a.failures - 9, 10), 60) * interval '1 s' END
  WHERE a.next_at <= clock_timestamp()
-RETURNING key;
+RETURNING key, (extract(epoch FROM next_at) * 1000000)::bigint AS next_at;
 
 -- name: find_wait
 -- One row: the seconds until all of the keys may try again.
@@ -733,7 +733,12 @@ SELECT greatest(1, ceil(extract(epoch FROM max(next_at) - clock_timestamp())))::
 DELETE FROM cdr_api.attempts WHERE key = %(key)s;
 
 -- name: undo_attempt
-UPDATE cdr_api.attempts SET failures = failures - 1, next_at = clock_timestamp() WHERE key = %(key)s;
+-- With the delay that it caused (next_at, in microseconds, is what count_attempt gave); that of a later one stays.
+UPDATE cdr_api.attempts
+   SET failures = greatest(failures - 1, 0),
+       next_at = CASE WHEN (extract(epoch FROM next_at) * 1000000)::bigint = %(next_at)s THEN clock_timestamp()
+                      ELSE next_at END
+ WHERE key = %(key)s;
 
 -- name: delete_old_attempts
 -- Rows that another login holds are left to the next one.

@@ -11,11 +11,12 @@ it on. Each file is one subject, and imports only those before it in this list:
     clients      who takes an answer: whether they are there, and how slow they may be
     database     connection pools, prepared statements, everything at libpq's level
     cursors      signed texts that a client hands back
+    passwords    their hashes, of which few are computed at once
     requestlog   the log entry of each request; failed logins in syslog
     rates        how many requests a token may make
     service      what a worker holds, and the transaction of an answer
     selection    which calls are asked for, and their statement
-    accounts     passwords, tokens and the domains they open, login attempts
+    accounts     accounts, tokens and the domains they open, login attempts
     stream       rows of COPY as a format, batch by batch
     short        few calls by a prepared statement, in one round trip
     feed         what a cursor of the feed holds

@@ -1,4 +1,4 @@
-"""Accounts: passwords, bearer tokens, and how often a login may be tried."""
+"""Accounts: rules for passwords, bearer tokens, and how often a login may be tried."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Any
 
 import psycopg
 from psycopg import sql
-from werkzeug.security import check_password_hash, generate_password_hash
 
 from cdr.database import Connection, prepare, run, select_prepared
 from cdr.errors import ApiError, ValidationErrors, refuse
@@ -172,22 +171,29 @@ class Attempt:
 
     account: bytes
     address: bytes | None
+    next_at: Mapping[bytes, int]  # when each of the two may try again, by this attempt
 
     @classmethod
     def count(cls, service: Service, key: str, address: str | None) -> Attempt:
         """Counts an attempt; ApiError 429 if the account or the address has to wait."""
-        attempt = cls(
-            digest_token("account " + key), digest_token("address " + name_network(address)) if address else None
-        )
-        keys = sorted(filter(None, (attempt.account, attempt.address)))
+        account = digest_token("account " + key)
+        network = digest_token("address " + name_network(address)) if address else None
+        keys = sorted(filter(None, (account, network)))
         with service.accounts.connection() as connection, connection.transaction():
             run(connection, "delete_old_attempts")
-            if len(run(connection, "count_attempt", keys=keys)) < len(keys):
+            counted = {row["key"]: row["next_at"] for row in run(connection, "count_attempt", keys=keys)}
+            if len(counted) < len(keys):
                 seconds = run(connection, "find_wait", keys=keys)[0]["seconds"]
                 service.report_failure(key, address)
                 message = f"Too many logins failed: wait {seconds} seconds."
                 raise ApiError(429, message, headers={"Retry-After": str(seconds)})
-        return attempt
+        return cls(account, network, counted)
+
+    def take_back(self, service: Service) -> None:
+        """Takes out of the count an attempt whose password nobody has looked at."""
+        with service.accounts.connection() as connection:
+            for key, next_at in self.next_at.items():
+                run(connection, "undo_attempt", key=key, next_at=next_at)
 
     def forgive(self, connection: Connection) -> None:
         """Takes a right login out of the count: all of the account's, this one of the address's.
@@ -195,7 +201,8 @@ class Attempt:
         Else whoever has one account could guess at others for ever.
         """
         run(connection, "delete_attempts", key=self.account)
-        run(connection, "undo_attempt", key=self.address)
+        if self.address:
+            run(connection, "undo_attempt", key=self.address, next_at=self.next_at[self.address])
 
 
 # Accounts ---------------------------------------------------------------------
@@ -260,7 +267,7 @@ def check_new_account(service: Service, values: Mapping[str, str]) -> None:
 
 
 def add_account(
-    connection: Connection, name: str, email: str, password: str, *, all_domains: bool
+    connection: Connection, name: str, email: str, password_hash: str, *, all_domains: bool
 ) -> dict[str, Any] | None:
     """Makes an account; None if the address is taken."""
     made = run(
@@ -269,7 +276,7 @@ def add_account(
         name=name,
         email=email,
         email_key=email_key(email),
-        password_hash=generate_password_hash(password),
+        password_hash=password_hash,
         all_domains=all_domains,
     )
     return made[0] if made else None
@@ -279,8 +286,9 @@ def register(service: Service, values: Mapping[str, str]) -> tuple[dict[str, Any
     """A new account with a token, from checked values; ApiError 422 if the address is taken."""
     settings = service.settings
     all_domains = settings.register_domains == ("*",)
+    password_hash = service.passwords.hash(values["password"])
     with service.accounts.connection() as connection, connection.transaction():
-        account = add_account(connection, values["name"], values["email"], values["password"], all_domains=all_domains)
+        account = add_account(connection, values["name"], values["email"], password_hash, all_domains=all_domains)
         if not account:
             refuse("email", "has already been taken")
         names = [name for name in settings.register_domains if can_hold(service.accounts.codec, name)]
@@ -290,12 +298,16 @@ def register(service: Service, values: Mapping[str, str]) -> tuple[dict[str, Any
 
 
 def log_in(service: Service, email: str, password: str, address: str | None) -> tuple[dict[str, Any], str]:
-    """The account of a right login with a new token; ApiError 401 for a wrong one, 429 after too many."""
+    """The account of a right login with a new token; ApiError 401 for a wrong one, 429 after too many, 503 if busy."""
     key = email_key(email)
     attempt = Attempt.count(service, key, address)
     found = service.accounts.rows("find_account", email_key=key) if can_hold(service.accounts.codec, key) else []
     account: dict[str, Any] = found[0] if found else {"password_hash": ABSENT_HASH, "disabled": False}
-    right = check_password_hash(account["password_hash"], password)
+    try:
+        right = service.passwords.is_right(account["password_hash"], password)
+    except ApiError:  # we are busy, which is nobody's failure
+        attempt.take_back(service)
+        raise
     token = None
     if found and right and not account["disabled"]:
         with service.accounts.connection() as connection, connection.transaction():

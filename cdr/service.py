@@ -17,6 +17,7 @@ from psycopg import sql
 from cdr.clients import Client, Watch
 from cdr.database import LOOKUP_SECONDS, Database, PooledConnection
 from cdr.errors import ApiError, refuse
+from cdr.passwords import Passwords
 from cdr.requestlog import AuthLog, RequestLog
 from cdr.settings import Settings
 from cdr.statements import STATEMENTS, mogrify
@@ -45,12 +46,13 @@ def set_encoding(service: Service) -> str:
 
 
 class Service:
-    """The settings, the pools, the stream slots, the logs and the signing key of a worker."""
+    """The settings, the pools, the stream slots, the passwords, the logs and the signing key of a worker."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         # Two connections are kept for short answers, as far as there are so many.
         self.long_slots = threading.BoundedSemaphore(max(1, settings.threads - 2))
+        self.passwords = Passwords(settings.threads)
         self.request_log = RequestLog(settings.log)
         self.auth_log = AuthLog(settings.syslog) if settings.syslog != "off" else None
         self.warned: dict[str, float] = {}  # when each warning was last written, by time.monotonic()

@@ -161,7 +161,7 @@ def test_a_taken_address_is_refused_whatever_its_case(public: Client) -> None:
 
 
 def test_of_two_registrations_at_once_one_wins(database: Database) -> None:
-    app = database.app()
+    app = database.app(CDR_API_THREADS="16")  # so that all six may wait for their password
     barrier = threading.Barrier(6)
     codes: list[int] = []
 
@@ -188,7 +188,7 @@ def test_wrong_and_unknown_logins_look_the_same(
         work.append(pwhash)
         return check_password_hash(pwhash, password)
 
-    monkeypatch.setattr("cdr.accounts.check_password_hash", check)
+    monkeypatch.setattr("cdr.passwords.check_password_hash", check)
     answers = [
         public.post("/api/login", json={"email": email, "password": "Wrong-password-1"}, headers={"X-Request-ID": "1"})
         for email in ("known@example.com", "unknown@example.com")
