@@ -144,9 +144,10 @@ def touch_token(service: Service, token_id: int) -> None:
 
 def new_token(connection: Connection, account_id: int, days: int) -> str | None:
     """Makes a token, good for so many days (0: for ever); None if disabled."""
-    run(connection, "delete_expired_tokens", account_id=account_id)
     token = "cdr_" + secrets.token_urlsafe(32)
     made = run(connection, "insert_token", account_id=account_id, digest=digest_token(token), days=days)
+    # Behind it, which locks the account: whoever disables one locks it before its tokens.
+    run(connection, "delete_expired_tokens", account_id=account_id)
     return token if made else None
 
 
@@ -166,7 +167,9 @@ class Attempt:
     """One login: counted as failed, for its account and for its address, before it is made.
 
     Before, so that of many at the same time no more get through. Digests, since
-    what stands in the field for an e-mail address may be a password.
+    what stands in the field for an e-mail address may be a password. Every
+    transaction locks their rows in the order of their keys: else two logins at
+    once could wait for each other.
     """
 
     account: bytes
@@ -179,14 +182,15 @@ class Attempt:
         account = digest_token("account " + key)
         network = digest_token("address " + name_network(address)) if address else None
         keys = sorted(filter(None, (account, network)))
-        with service.accounts.connection() as connection, connection.transaction():
-            run(connection, "delete_old_attempts")
-            counted = {row["key"]: row["next_at"] for row in run(connection, "count_attempt", keys=keys)}
-            if len(counted) < len(keys):
-                seconds = run(connection, "find_wait", keys=keys)[0]["seconds"]
-                service.report_failure(key, address)
-                message = f"Too many logins failed: wait {seconds} seconds."
-                raise ApiError(429, message, headers={"Retry-After": str(seconds)})
+        with service.accounts.connection() as connection:
+            run(connection, "delete_old_attempts")  # by itself: else it would lock rows out of their order
+            with connection.transaction():
+                counted = {row["key"]: row["next_at"] for row in run(connection, "count_attempt", keys=keys)}
+                if len(counted) < len(keys):
+                    seconds = run(connection, "find_wait", keys=keys)[0]["seconds"]
+                    service.report_failure(key, address)
+                    message = f"Too many logins failed: wait {seconds} seconds."
+                    raise ApiError(429, message, headers={"Retry-After": str(seconds)})
         return cls(account, network, counted)
 
     def take_back(self, service: Service) -> None:
@@ -200,9 +204,11 @@ class Attempt:
 
         Else whoever has one account could guess at others for ever.
         """
-        run(connection, "delete_attempts", key=self.account)
-        if self.address:
-            run(connection, "undo_attempt", key=self.address, next_at=self.next_at[self.address])
+        for key, next_at in sorted(self.next_at.items()):
+            if key == self.account:
+                run(connection, "delete_attempts", key=key)
+            else:
+                run(connection, "undo_attempt", key=key, next_at=next_at)
 
 
 # Accounts ---------------------------------------------------------------------
