@@ -18,7 +18,6 @@ A route is three steps: its parameters, one named statement of queries.sql, the 
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import re
@@ -60,7 +59,7 @@ from cdr.parsing import (
 )
 from cdr.ranges import parse_moment
 from cdr.rates import Allowance, buckets
-from cdr.requestlog import Entry
+from cdr.requestlog import Entry, read_address
 from cdr.selection import (
     FIELDS,
     FILTERS,
@@ -144,15 +143,7 @@ def open_entry() -> None:
     request_id = given if re.fullmatch(r"[A-Za-z0-9._=+/-]{1,128}", given) else uuid4().hex
     route = request.url_rule.rule if request.url_rule else "-"
     request.environ["cdr_api.request_log"] = service().request_log
-    request.environ["cdr_api.entry"] = Entry(request_id, read_address(), request.method, route)
-
-
-def read_address() -> str | None:
-    """The client's address, if it is known; a trusted proxy may pass on what is not one."""
-    try:
-        return str(ipaddress.ip_address(request.remote_addr or ""))
-    except ValueError:
-        return None
+    request.environ["cdr_api.entry"] = Entry(request_id, read_address(request.remote_addr or ""), request.method, route)
 
 
 def limit_silence() -> None:

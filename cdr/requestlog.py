@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import logging
 import logging.handlers
@@ -13,6 +14,18 @@ from typing import Any, Protocol
 
 log = logging.getLogger("cdr_api")
 request_log = logging.getLogger("cdr_api.requests")
+
+
+def read_address(text: str) -> str | None:
+    """The IP address of a text as logs show it; None if it is none.
+
+    Without a scope id (fe80::1%eth0): that may be any text, also one that passes for
+    another line, and a proxy that is trusted may pass on what a client wrote.
+    """
+    try:
+        return str(ipaddress.ip_address(text.partition("%")[0]))
+    except ValueError:
+        return None
 
 
 class Progress(Protocol):
@@ -89,9 +102,11 @@ class AuthLog(logging.handlers.SysLogHandler):
         super().__init__(path, self.LOG_AUTH)
 
     def report(self, address: str, name: str) -> None:
-        """One line. The name comes from outside: nothing in it can pass for a line, or for an address."""
+        """One line, if the address is one. Nothing that comes from outside can pass for a line, or for an address."""
+        if not (shown_address := read_address(address)):
+            return
         shown = re.sub(r"[^A-Za-z0-9@._+-]", "_", name[:100])
-        line = {"msg": f"[{address}] authentication failed for {shown}", "levelno": logging.WARNING}
+        line = {"msg": f"[{shown_address}] authentication failed for {shown}", "levelno": logging.WARNING}
         self.handle(logging.makeLogRecord(line | {"levelname": "WARNING"}))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the library's name)

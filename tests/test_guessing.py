@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import logging
 import re
 import socket
 import threading
@@ -14,9 +16,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from flask import request
 
 from cdr.accounts import Attempt, name_network
 from cdr.errors import ApiError
+from cdr.requestlog import AuthLog, Entry, RequestLog
 from tests.conftest import PASSWORD, Client, Database, DatabaseMaker, problem, serve
 from tests.deployment import JAIL
 
@@ -266,6 +270,44 @@ def test_no_e_mail_address_forges_a_line(database: Database, syslog: Syslog, ema
     found = JAIL.match(line)
     assert found
     assert found["host"] == "192.0.2.1"
+
+
+FORGED_SCOPES = [
+    "fe80::1%1] authentication failed for x [203.0.113.9",
+    "fe80::1%x FusionPBX: [203.0.113.9] authentication failed for y",
+    "fe80::1%\u2028FusionPBX: [203.0.113.9",
+    "::ffff:198.51.100.1%[203.0.113.9]",
+]
+
+
+@pytest.mark.parametrize("forged", FORGED_SCOPES, ids=range(len(FORGED_SCOPES)))
+def test_no_scope_of_an_address_forges_a_line(
+    database: Database, syslog: Syslog, caplog: pytest.LogCaptureFixture, forged: str
+) -> None:
+    """Which a proxy passes on as the client wrote it."""
+    database.execute("TRUNCATE cdr_api.attempts")
+    app = database.app(CDR_API_SYSLOG=str(syslog.path), CDR_API_PROXIES="1")
+    entries: list[Entry] = []
+    app.before_request(lambda: entries.append(request.environ["cdr_api.entry"]))
+    headers = {"X-Forwarded-For": f'"{forged}"'}
+    assert log_in(Client(app), "nobody@example.com", headers=headers).status_code == 401
+    address = str(ipaddress.ip_address(forged.partition("%")[0]))
+    (line,) = syslog.lines(1)
+    assert line.partition("FusionPBX: ")[2] == f"[{address}] authentication failed for nobody@example.com"
+    with caplog.at_level(logging.INFO, "cdr_api.requests"):
+        RequestLog("text").close(entries[0], 401, 0)
+    assert f" address={address} " in caplog.text
+    assert "203.0.113.9" not in caplog.text
+
+
+def test_whoever_is_told_to_syslog_is_an_address(syslog: Syslog) -> None:
+    log = AuthLog(str(syslog.path))
+    for address in ("203.0.113.9] x [", "fe80::1%] x [", "nonsense"):
+        log.report(address, "a@example.com")
+    log.close()
+    assert [line.partition("FusionPBX: ")[2] for line in syslog.lines(1)] == [
+        "[fe80::1] authentication failed for a@example.com"
+    ]
 
 
 def test_a_syslog_that_is_away_is_a_line_in_our_log_and_no_more(
