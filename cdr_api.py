@@ -365,7 +365,7 @@ def register() -> tuple[dict[str, Any], int]:
     }
     values = parse_pairs(read_body(), parsers, parsers)
     accounts.check_new_account(service(), values)
-    return accounts.show_login(*accounts.register(service(), values)), 201
+    return accounts.show_login(*accounts.register(service(), values, entry().address)), 201
 
 
 @api.post("/login")

@@ -713,6 +713,7 @@ DELETE FROM cdr_api.tokens WHERE account_id = %(account_id)s RETURNING token_id;
 -- One row is a key that may try a password now; of one that has to wait there is
 -- none. Ten failures are free (so may be as many right logins at once); then it
 -- takes a second, two, four, up to a minute until the next attempt. What failed an hour ago is forgotten.
+-- Every registration counts like a failed login, by its address.
 -- Rows are locked in the order of their keys, as by all that locks more than one.
 INSERT INTO cdr_api.attempts AS a (key)
 SELECT key FROM unnest(%(keys)s::bytea[]) AS key ORDER BY key

@@ -74,8 +74,9 @@ CREATE TABLE IF NOT EXISTS cdr_api.secrets (
     value bytea NOT NULL
 );
 
--- Logins by account and by client address, of which only the SHA-256 digests are
--- kept: counted before they are made, taken out again if they were right.
+-- Logins by account and by client address, and registrations by client address, of
+-- which only the SHA-256 digests are kept: counted before they are made. A login is
+-- taken out again if it was right.
 CREATE TABLE IF NOT EXISTS cdr_api.attempts (
     key      bytea PRIMARY KEY,
     failures integer NOT NULL DEFAULT 1,

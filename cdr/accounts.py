@@ -1,4 +1,4 @@
-"""Accounts: rules for passwords, bearer tokens, and how often a login may be tried."""
+"""Accounts: rules for passwords, bearer tokens, and how often a login or a registration may be tried."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -151,7 +152,7 @@ def new_token(connection: Connection, account_id: int, days: int) -> str | None:
     return token if made else None
 
 
-# Login attempts ---------------------------------------------------------------
+# Attempts ---------------------------------------------------------------------
 
 
 def name_network(address: str) -> str:
@@ -162,9 +163,14 @@ def name_network(address: str) -> str:
     return str(ipaddress.ip_network((found, 64 if found.version == 6 else 32), strict=False))
 
 
+def name_client(purpose: str, address: str | None) -> list[str]:
+    """By what attempts from an address are counted for a purpose: nothing if it is not known."""
+    return [f"{purpose} {name_network(address)}"] if address else []
+
+
 @dataclass(frozen=True)
 class Attempt:
-    """One login: counted as failed, for its account and for its address, before it is made.
+    """A login or a registration: counted under some names, such as its account and its address, before it is made.
 
     Before, so that of many at the same time no more get through. Digests, since
     what stands in the field for an e-mail address may be a password. Every
@@ -172,40 +178,40 @@ class Attempt:
     once could wait for each other.
     """
 
-    account: bytes
-    address: bytes | None
-    next_at: Mapping[bytes, int]  # when each of the two may try again, by this attempt
+    next_at: Mapping[bytes, int]  # when each of them may try again, by this attempt
 
     @classmethod
-    def count(cls, service: Service, key: str, address: str | None) -> Attempt:
-        """Counts an attempt; ApiError 429 if the account or the address has to wait."""
-        account = digest_token("account " + key)
-        network = digest_token("address " + name_network(address)) if address else None
-        keys = sorted(filter(None, (account, network)))
+    def count(cls, service: Service, names: Iterable[str], too_many: str) -> Attempt:
+        """Counts an attempt; ApiError 429, which begins with a text, if one of the names has to wait."""
+        keys = sorted(map(digest_token, names))
         with service.accounts.connection() as connection:
             run(connection, "delete_old_attempts")  # by itself: else it would lock rows out of their order
             with connection.transaction():
                 counted = {row["key"]: row["next_at"] for row in run(connection, "count_attempt", keys=keys)}
                 if len(counted) < len(keys):
                     seconds = run(connection, "find_wait", keys=keys)[0]["seconds"]
-                    service.report_failure(key, address)
-                    message = f"Too many logins failed: wait {seconds} seconds."
-                    raise ApiError(429, message, headers={"Retry-After": str(seconds)})
-        return cls(account, network, counted)
+                    headers = {"Retry-After": str(seconds)}
+                    raise ApiError(429, f"{too_many}: wait {seconds} seconds.", headers=headers)
+        return cls(counted)
 
-    def take_back(self, service: Service) -> None:
-        """Takes out of the count an attempt whose password nobody has looked at."""
-        with service.accounts.connection() as connection:
-            for key, next_at in self.next_at.items():
-                run(connection, "undo_attempt", key=key, next_at=next_at)
+    @contextmanager
+    def unless_busy(self, service: Service) -> Iterator[None]:
+        """Takes the attempt out of the count if its password could not be looked at."""
+        try:
+            yield
+        except ApiError:
+            with service.accounts.connection() as connection:
+                for key, next_at in self.next_at.items():
+                    run(connection, "undo_attempt", key=key, next_at=next_at)
+            raise
 
-    def forgive(self, connection: Connection) -> None:
+    def forgive(self, connection: Connection, account: str) -> None:
         """Takes a right login out of the count: all of the account's, this one of the address's.
 
         Else whoever has one account could guess at others for ever.
         """
         for key, next_at in sorted(self.next_at.items()):
-            if key == self.account:
+            if key == digest_token(account):
                 run(connection, "delete_attempts", key=key)
             else:
                 run(connection, "undo_attempt", key=key, next_at=next_at)
@@ -288,11 +294,17 @@ def add_account(
     return made[0] if made else None
 
 
-def register(service: Service, values: Mapping[str, str]) -> tuple[dict[str, Any], str]:
-    """A new account with a token, from checked values; ApiError 422 if the address is taken."""
+def register(service: Service, values: Mapping[str, str], address: str | None) -> tuple[dict[str, Any], str]:
+    """A new account with a token, from checked values, for a client's address if that is known.
+
+    ApiError 422 if the e-mail address is taken, 429 after too many, 503 if busy.
+    """
     settings = service.settings
     all_domains = settings.register_domains == ("*",)
-    password_hash = service.passwords.hash(values["password"])
+    # Never forgiven, right or wrong: one that makes accounts should be slow, too.
+    attempt = Attempt.count(service, name_client("registration", address), "Too many registrations from this address")
+    with attempt.unless_busy(service):
+        password_hash = service.passwords.hash(values["password"])
     with service.accounts.connection() as connection, connection.transaction():
         account = add_account(connection, values["name"], values["email"], password_hash, all_domains=all_domains)
         if not account:
@@ -303,21 +315,33 @@ def register(service: Service, values: Mapping[str, str]) -> tuple[dict[str, Any
     return account, token or ""
 
 
+def name_account(key: str) -> str:
+    """By what the logins of an e-mail address are counted."""
+    return f"account {key}"
+
+
+def count_login(service: Service, key: str, address: str | None) -> Attempt:
+    """Counts a login, as failed until it is forgiven; ApiError 429 if the account or the address has to wait."""
+    try:
+        names = [name_account(key), *name_client("address", address)]
+        return Attempt.count(service, names, "Too many logins failed")
+    except ApiError:
+        service.report_failure(key, address)
+        raise
+
+
 def log_in(service: Service, email: str, password: str, address: str | None) -> tuple[dict[str, Any], str]:
     """The account of a right login with a new token; ApiError 401 for a wrong one, 429 after too many, 503 if busy."""
     key = email_key(email)
-    attempt = Attempt.count(service, key, address)
+    attempt = count_login(service, key, address)
     found = service.accounts.rows("find_account", email_key=key) if can_hold(service.accounts.codec, key) else []
     account: dict[str, Any] = found[0] if found else {"password_hash": ABSENT_HASH, "disabled": False}
-    try:
+    with attempt.unless_busy(service):
         right = service.passwords.is_right(account["password_hash"], password)
-    except ApiError:  # we are busy, which is nobody's failure
-        attempt.take_back(service)
-        raise
     token = None
     if found and right and not account["disabled"]:
         with service.accounts.connection() as connection, connection.transaction():
-            attempt.forgive(connection)
+            attempt.forgive(connection, name_account(key))
             token = new_token(connection, account["account_id"], service.settings.token_days)
     if not token:
         service.report_failure(key, address)

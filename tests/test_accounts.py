@@ -24,6 +24,12 @@ def public(database: Database) -> Client:
     return database.client()
 
 
+@pytest.fixture(autouse=True)
+def _patience(database: Database) -> None:
+    """All of these come from one address."""
+    database.execute("TRUNCATE cdr_api.attempts")
+
+
 def person(email: str, **values: Any) -> dict[str, Any]:
     return {"name": "Ann", "email": email, "password": PASSWORD, "password_confirmation": PASSWORD} | values
 

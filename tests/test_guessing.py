@@ -1,4 +1,4 @@
-"""Guessing passwords: slowed down per account and per address, and told to fail2ban."""
+"""Guessing passwords, and registering: slowed down per account and per address, and told to fail2ban."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 from flask import request
 
 from cdr.accounts import Attempt, name_network
-from cdr.errors import ApiError
+from cdr.errors import ApiError, unavailable
 from cdr.requestlog import AuthLog, Entry, RequestLog
 from tests.conftest import PASSWORD, Client, Database, DatabaseMaker, problem, serve
 from tests.deployment import JAIL
@@ -117,13 +117,13 @@ def test_an_attempt_that_is_taken_back_takes_no_delay_of_another_with_it(databas
     database.execute("TRUNCATE cdr_api.attempts")
     service = database.app().extensions["cdr_api"]
     for _ in range(FREE + 1):
-        first = Attempt.count(service, "a@example.com", "192.0.2.1")
+        first = Attempt.count(service, ["account a@example.com"], "Too many")
         let_time_pass(database, PATIENCE)
-    Attempt.count(service, "a@example.com", "192.0.2.1")
-    first.take_back(service)
-    with pytest.raises(ApiError) as refused:
-        Attempt.count(service, "a@example.com", "192.0.2.1")
-    assert refused.value.status == 429
+    Attempt.count(service, ["account a@example.com"], "Too many")
+    with pytest.raises(ApiError, match="busy"), first.unless_busy(service):
+        raise unavailable("busy")
+    with pytest.raises(ApiError, match="Too many: wait"):
+        Attempt.count(service, ["account a@example.com"], "Too many")
 
 
 def test_an_unknown_account_waits_like_a_known_one(database: Database, client: Client) -> None:
@@ -166,6 +166,58 @@ def test_the_table_of_attempts_holds_nothing_that_was_typed(database: Database, 
 )
 def test_an_ipv6_client_is_its_network(address: str, network: str) -> None:
     assert name_network(address) == network
+
+
+# Registrations ----------------------------------------------------------------
+
+
+def register(client: Client, email: str, address: str = "127.0.0.1") -> Any:
+    body = {"name": "Ann", "email": email, "password": PASSWORD, "password_confirmation": PASSWORD}
+    return client.post("/api/register", json=body, **from_address(address))
+
+
+def test_registrations_from_a_network_wait_longer_and_longer(database: Database, client: Client) -> None:
+    """An IPv6 client is its /64; others, and those who log in, go on."""
+    addresses = [f"2001:db8:1:2::{i}" for i in range(FREE + 2)]
+    answers = [register(client, f"new{i}@example.com", address) for i, address in enumerate(addresses)]
+    assert [answer.status_code for answer in answers] == [201] * FREE + [429] * 2
+    assert int(answers[-1].headers["Retry-After"]) == 1
+    assert problem(answers[-1])["message"] == "Too many registrations from this address: wait 1 seconds."
+    assert database.execute("SELECT 1 FROM cdr_api.accounts WHERE email = 'new10@example.com'") == []
+    assert register(client, "neighbour@example.com", "2001:db8:1:3::1").status_code == 201
+    assert log_in(client, "new1@example.com", PASSWORD, **from_address(addresses[0])).status_code == 200
+    let_time_pass(database, 1)
+    assert register(client, "later@example.com", addresses[-1]).status_code == 201
+    assert register(client, "much-later@example.com", addresses[-1]).status_code == 429
+
+
+def test_whoever_may_not_register_yet_learns_nothing_of_an_e_mail_address(database: Database, client: Client) -> None:
+    database.account(email="taken@example.com")
+    statuses = [register(client, "taken@example.com").status_code for _ in range(FREE + 1)]
+    assert statuses == [422] * FREE + [429]
+
+
+def test_what_cannot_be_registered_anyhow_does_not_count(database: Database, client: Client) -> None:
+    assert [register(client, "nobody").status_code for _ in range(2 * FREE)] == [422] * 2 * FREE
+    assert database.execute("TABLE cdr_api.attempts") == []
+
+
+def test_an_office_may_register_while_its_logins_wait(database: Database, client: Client) -> None:
+    for i in range(FREE + 1):
+        log_in(client, f"nobody{i}@example.com")
+    assert log_in(client, "nobody@example.com").status_code == 429
+    assert [register(client, f"office{i}@example.com").status_code for i in range(5)] == [201] * 5
+
+
+def test_registrations_that_have_to_wait_are_no_failed_logins(database: Database, syslog: Syslog) -> None:
+    database.execute("TRUNCATE cdr_api.attempts")
+    client = Client(database.app(CDR_API_SYSLOG=str(syslog.path)))
+    database.account(email="held@example.com")
+    assert [register(client, "held@example.com").status_code for _ in range(FREE + 1)][-1] == 429
+    assert syslog.lines(0) == []
+
+
+# Many at once -----------------------------------------------------------------
 
 
 def guess(url: str, times: int, statuses: Counter[int], **headers: str) -> None:

@@ -436,6 +436,25 @@ def test_guesses_are_429_after_the_burst_and_reading_goes_on(folder: Path, gunic
         assert nginx.send(proxied_calls(nginx, ALPHA, limit="1"), token=token).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/cdr-api/login", "/cdr-api/register"])
+def test_an_ipv6_client_is_its_network_and_an_ipv4_client_its_address(
+    folder: Path, gunicorn: Gunicorn, path: str
+) -> None:
+    """Whatever bytes stand in it. A header tells nginx here where a client comes from."""
+    claimed = "set_real_ip_from 127.0.0.1; real_ip_header X-Client;\n"
+    one = [f"2001:db8:0:a0a:{i:x}::{i:x}" for i in range(1, 21)]  # with line ends in its first half
+    with run_nginx(folder / "socket", {"log_format": claimed + "log_format"}) as nginx:
+
+        def status(address: str) -> int:
+            return nginx.send(nginx.url("https", path), "-X", "POST", "-H", f"X-Client: {address}").status_code
+
+        assert [status(address) for address in one[:11]] == [422] * 11
+        assert 429 in [status(address) for address in one]
+        others = ["2001:db8:0:a0b::1", "2001:db8:0:b0a::1", "::1"]
+        others += [f"192.0.2.{i}" for i in range(12)] + [f"::ffff:198.51.100.{i}" for i in range(12)]
+        assert [status(address) for address in others] == [422] * len(others)
+
+
 def test_the_ninth_answer_with_calls_at_once_is_429(database: Database, nginx: Nginx, token: str) -> None:
     url = proxied_calls(nginx, ALPHA, limit="1")
     # Of several accounts, since the service counts by account.
