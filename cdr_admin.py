@@ -6,6 +6,7 @@ A command that fails says why in one line and exits with status 1.
 from __future__ import annotations
 
 import functools
+import ipaddress
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -229,13 +230,20 @@ def delete(email: str) -> None:
 @token.command("create")
 @click.argument("email")
 @click.option("--days", type=click.IntRange(0, 36500), help="How long it is good for (0: for ever).")
+@click.option("--domain", "domains", multiple=True, help="Only this domain of the account; may be given again.")
+@click.option("--from", "networks", multiple=True, help="Only from this address or network; may be given again.")
 @one_line_errors
-def create_token(email: str, days: int | None) -> None:
+def create_token(email: str, days: int | None, domains: Sequence[str], networks: Sequence[str]) -> None:
     """Make a token and print it, this once, alone on standard output."""
     with transaction() as connection:
         account = find_account(connection, email)
+        try:
+            uuids = accounts.choose_domains(connection, account, domains) if domains else None
+            clients = [str(ipaddress.ip_network(network)) for network in networks] or None
+        except ValueError as error:
+            raise click.ClickException(str(error)) from None
         good_for = settings().token_days if days is None else days
-        made = accounts.new_token(connection, account["account_id"], good_for)
+        made = accounts.new_token(connection, account["account_id"], good_for, uuids, clients)
     if not made:
         raise click.ClickException(f"{email} is disabled")
     click.echo(made)
@@ -249,9 +257,17 @@ def list_tokens(email: str | None) -> None:
     with transaction() as connection:
         account_id = find_account(connection, email)["account_id"] if email else None
         rows = run(connection, "select_tokens", account_id=account_id)
+        codec = codec_of(connection)
     print_table(
-        ("ID", "E-MAIL", "CREATED", "LAST USED", "EXPIRES"),
-        ((row["token_id"], row["email"], row["created_at"], row["last_used_at"], row["expires_at"]) for row in rows),
+        ("ID", "E-MAIL", "CREATED", "LAST USED", "EXPIRES", "DOMAINS", "FROM"),
+        (
+            (
+                *(row[name] for name in ("token_id", "email", "created_at", "last_used_at", "expires_at")),
+                ", ".join(show_name(name, codec) for name in row["domain_names"]) if row["has_chosen"] else None,
+                ", ".join(row["networks"]) if row["networks"] else None,
+            )
+            for row in rows
+        ),
     )
 
 

@@ -283,7 +283,7 @@ tokens = HTTPTokenAuth(scheme="Bearer")
 @tokens.verify_token
 def verify_token(token: str) -> Account | None:
     """The account of a live token, or None."""
-    account = accounts.authenticate(service(), token, read_naming())
+    account = accounts.authenticate(service(), token, read_naming(), entry().address)
     if account:
         entry().account_id = account.account_id
         limit_rate(account.token_id)

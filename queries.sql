@@ -602,7 +602,8 @@ SELECT trim('"' FROM to_json(%(from)s::timestamptz + i * %(step)s * interval '1 
 -- Domains --------------------------------------------------------------------
 
 -- name: find_domains
--- One row: the domains that the account may read, as uuids and their names; of the
+-- One row: the domains that the account may read (with a token that was made for some, chosen_uuids,
+-- no others), as uuids and their names; of the
 -- names those that no other domain bears; and the newest of the account's grants. Names of
 -- domains leave the database as their bytes in hex, for they may not be text.
 SELECT array_agg(domain_uuid::text ORDER BY domain_uuid) FILTER (WHERE readable) AS uuids,
@@ -610,7 +611,8 @@ SELECT array_agg(domain_uuid::text ORDER BY domain_uuid) FILTER (WHERE readable)
        array_agg(name ORDER BY domain_uuid) FILTER (WHERE readable AND bearers = 1) AS lone_names,
        (SELECT max(g.grant_id) FROM cdr_api.grants AS g WHERE g.account_id = %(account_id)s) AS newest_grant
   FROM (SELECT encode(convert_to(d.domain_name, getdatabaseencoding()), 'hex') AS name, d.domain_uuid, count(*) OVER (PARTITION BY d.domain_name) AS bearers,
-               %(all_domains)s OR g.domain_uuid IS NOT NULL AS readable
+               (%(all_domains)s OR g.domain_uuid IS NOT NULL)
+                   AND (%(chosen_uuids)s::uuid[] IS NULL OR d.domain_uuid = ANY(%(chosen_uuids)s::uuid[])) AS readable
           FROM v_domains AS d
           LEFT JOIN cdr_api.grants AS g
             ON g.domain_uuid = d.domain_uuid AND g.account_id = %(account_id)s) AS domains;
@@ -634,9 +636,10 @@ SELECT coalesce(json_agg(json_build_object('uuid', d.domain_uuid,
 -- One row is a domain that the account may read, by name.
 SELECT d.domain_uuid::text, encode(convert_to(d.domain_name, getdatabaseencoding()), 'hex') AS name
   FROM v_domains AS d
- WHERE %(all_domains)s
-    OR EXISTS (SELECT FROM cdr_api.grants AS g
-                WHERE g.domain_uuid = d.domain_uuid AND g.account_id = %(account_id)s)
+ WHERE (%(all_domains)s
+        OR EXISTS (SELECT FROM cdr_api.grants AS g
+                    WHERE g.domain_uuid = d.domain_uuid AND g.account_id = %(account_id)s))
+   AND (%(chosen_uuids)s::uuid[] IS NULL OR d.domain_uuid = ANY(%(chosen_uuids)s::uuid[]))
  ORDER BY d.domain_name, d.domain_uuid;
 
 
@@ -671,9 +674,10 @@ SELECT account_id, name, email, password_hash, all_domains, disabled_at IS NOT N
 
 -- name: insert_token
 -- One row, the new token's id. days 0 is a token that never expires.
-INSERT INTO cdr_api.tokens (account_id, digest, expires_at)
+INSERT INTO cdr_api.tokens (account_id, digest, expires_at, domain_uuids, networks)
 SELECT a.account_id, %(digest)s,
-       CASE WHEN %(days)s > 0 THEN now() + %(days)s * interval '1 day' END
+       CASE WHEN %(days)s > 0 THEN now() + %(days)s * interval '1 day' END,
+       %(domain_uuids)s::uuid[], %(networks)s::cidr[]
   FROM cdr_api.accounts AS a
  WHERE a.account_id = %(account_id)s AND a.disabled_at IS NULL
    FOR SHARE OF a
@@ -685,8 +689,8 @@ DELETE FROM cdr_api.tokens
 
 -- name: authenticate
 -- The live token of a digest with its account, or no row. stale: its last use
--- was not written down for an hour.
-SELECT t.token_id, t.account_id, a.all_domains,
+-- was not written down for an hour. chosen_uuids, networks: see the table.
+SELECT t.token_id, t.account_id, a.all_domains, t.domain_uuids AS chosen_uuids, t.networks,
        coalesce(t.last_used_at < now() - interval '1 hour', true) AS stale
   FROM cdr_api.tokens AS t
   JOIN cdr_api.accounts AS a USING (account_id)
@@ -812,8 +816,12 @@ UPDATE cdr_api.accounts
 DELETE FROM cdr_api.accounts WHERE account_id = %(account_id)s;
 
 -- name: select_tokens
--- One row is a token of an account, or of any account (NULL).
-SELECT t.token_id, a.email,
+-- One row is a token of an account, or of any account (NULL); domain_names as in select_accounts.
+SELECT t.token_id, a.email, t.networks::text[] AS networks, t.domain_uuids IS NOT NULL AS has_chosen,
+       ARRAY(SELECT encode(convert_to(coalesce(d.domain_name, chosen.uuid::text), getdatabaseencoding()), 'hex')
+               FROM unnest(t.domain_uuids) AS chosen (uuid)
+               LEFT JOIN v_domains AS d ON d.domain_uuid = chosen.uuid
+              ORDER BY coalesce(d.domain_name, chosen.uuid::text)) AS domain_names,
        to_char(t.created_at, 'YYYY-MM-DD HH24:MI:SSTZH:TZM') AS created_at,
        to_char(t.last_used_at, 'YYYY-MM-DD HH24:MI:SSTZH:TZM') AS last_used_at,
        to_char(t.expires_at, 'YYYY-MM-DD HH24:MI:SSTZH:TZM') AS expires_at

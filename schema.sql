@@ -66,6 +66,8 @@ CREATE TABLE IF NOT EXISTS cdr_api.tokens (
     last_used_at timestamptz,                          -- true to the hour
     expires_at   timestamptz                           -- NULL: never
 );
+ALTER TABLE cdr_api.tokens ADD COLUMN IF NOT EXISTS domain_uuids uuid[];  -- NULL: all that the account may read
+ALTER TABLE cdr_api.tokens ADD COLUMN IF NOT EXISTS networks cidr[];      -- of its clients; NULL: any
 CREATE INDEX IF NOT EXISTS tokens_account_id ON cdr_api.tokens (account_id);
 
 -- Keys that sign what clients hand back (paging cursors).
@@ -138,7 +140,7 @@ GRANT EXECUTE ON FUNCTION cdr_api.timeline(), cdr_api.timeline_end(integer, inte
 
 CREATE TABLE IF NOT EXISTS cdr_api.version (version integer NOT NULL);
 DELETE FROM cdr_api.version;
-INSERT INTO cdr_api.version VALUES (3);
+INSERT INTO cdr_api.version VALUES (4);
 
 REVOKE ALL ON SCHEMA cdr_api FROM PUBLIC;
 GRANT USAGE ON SCHEMA cdr_api TO cdr_api;

@@ -17,7 +17,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from cdr.database import Connection, prepare, run, select_prepared
+from cdr.database import Connection, codec_of, prepare, run, select_prepared
 from cdr.errors import ApiError, ValidationErrors, refuse
 from cdr.selection import Domains
 from cdr.service import Service
@@ -42,19 +42,51 @@ class Account:
     account_id: int
     token_id: int
     all_domains: bool
+    chosen_uuids: Sequence[str] | None = None  # of the domains that the token was made for; None: all of the account
     named: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def reads_everything(self) -> bool:
+        """Whether it may read every call, those of no domain too."""
+        return self.all_domains and self.chosen_uuids is None
+
+    def may_read(self, domain: Mapping[str, Any]) -> bool:
+        """Whether it may read a domain of named."""
+        chosen = self.chosen_uuids is None or domain["uuid"] in self.chosen_uuids
+        return chosen and (self.all_domains or domain["granted"])
+
+    def domain_parameters(self) -> dict[str, Any]:
+        """Those of the statements that list its domains."""
+        chosen = None if self.chosen_uuids is None else list(self.chosen_uuids)
+        return {"account_id": self.account_id, "all_domains": self.all_domains, "chosen_uuids": chosen}
 
 
 def digest_token(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
-def authenticate(service: Service, token: str, naming: Mapping[str, str]) -> Account | None:
-    """The account of a live token, or None. naming is the domain_name or domain_uuid of the request, or empty."""
+def authenticate(service: Service, token: str, naming: Mapping[str, str], address: str | None) -> Account | None:
+    """The account of a live token that may be used from the client's address, or None.
+
+    naming is the domain_name or domain_uuid of the request, or empty.
+    """
     found = find_token(service, digest_token(token), naming)
-    if found and found.pop("stale"):
+    if not found or not is_within(address, found.pop("networks")):
+        return None
+    if found.pop("stale"):
         touch_token(service, found["token_id"])
-    return Account(**found) if found else None
+    return Account(**found)
+
+
+def is_within(address: str | None, networks: Sequence[str] | None) -> bool:
+    """Whether a client's address, if it is known, lies in one of some networks (None: anywhere)."""
+    if networks is None:
+        return True
+    if address is None:
+        return False
+    client = ipaddress.ip_address(address)
+    mapped = getattr(client, "ipv4_mapped", None)
+    return any((mapped or client) in ipaddress.ip_network(network) for network in networks)
 
 
 def find_token(service: Service, digest: bytes, naming: Mapping[str, str]) -> dict[str, Any] | None:
@@ -94,12 +126,31 @@ def find_named(service: Service, account: Account, naming: Mapping[str, str]) ->
     return replace(account, named=row["named"] if row else ())
 
 
+def choose_domains(connection: Connection, account: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """The uuids of an account's domains, each by its name or uuid; ValueError for one that it may not read."""
+    found = run(
+        connection, "find_domains", **{name: account[name] for name in ("account_id", "all_domains")}, chosen_uuids=None
+    )
+    domains = read_domains(found[0], codec_of(connection))
+    chosen: list[str] = []
+    for name in names:
+        uuids = [uuid for uuid, other in zip(domains.uuids, domains.names, strict=True) if name in (uuid, other)]
+        if not uuids:
+            raise ValueError(f"this account may not read {name}")
+        chosen += uuids
+    return chosen
+
+
 def find_domains(service: Service, account: Account) -> Domains:
     """Every domain that the account may read."""
-    parameters = {"account_id": account.account_id, "all_domains": account.all_domains}
-    (row,) = service.accounts.rows("find_domains", **parameters)
+    (row,) = service.accounts.rows("find_domains", **account.domain_parameters())
     found = read_domains(row, service.accounts.codec)
-    return replace(found, everything=account.all_domains, newest_grant=row["newest_grant"])
+    return replace(
+        found,
+        everything=account.reads_everything,
+        newest_grant=row["newest_grant"],
+        chosen_uuids=account.chosen_uuids,
+    )
 
 
 def read_domains(row: Mapping[str, Any], codec: str | None) -> Domains:
@@ -110,8 +161,7 @@ def read_domains(row: Mapping[str, Any], codec: str | None) -> Domains:
 
 def list_domains(service: Service, account: Account) -> list[dict[str, Any]]:
     """The same for people, by name."""
-    parameters = {"account_id": account.account_id, "all_domains": account.all_domains}
-    rows = service.accounts.rows("select_domains", **parameters)
+    rows = service.accounts.rows("select_domains", **account.domain_parameters())
     codec = service.accounts.codec
     return [
         {"domain_uuid": row["domain_uuid"], "domain_name": show_text(read_text(row["name"], codec), codec)}
@@ -125,9 +175,9 @@ def select_domains(service: Service, account: Account, domain_uuid: str | None) 
     A name is readable when every domain that bears it is.
     """
     asked = [found for found in account.named if domain_uuid in (None, found["uuid"])]
-    if account.all_domains and not asked:
+    if account.reads_everything and not asked:
         raise ApiError(404, "There is no such domain.")
-    if not account.all_domains and not (asked and all(found["granted"] for found in asked)):
+    if not (asked and all(map(account.may_read, asked))):
         raise ApiError(403, "This account may not read this domain.")
     codec = service.accounts.codec
     names = [read_text(found["name"], codec) for found in asked]
@@ -143,10 +193,20 @@ def touch_token(service: Service, token_id: int) -> None:
         log.warning("the use of token %s was not noted: %s", token_id, str(error).strip())
 
 
-def new_token(connection: Connection, account_id: int, days: int) -> str | None:
-    """Makes a token, good for so many days (0: for ever); None if disabled."""
+def new_token(
+    connection: Connection,
+    account_id: int,
+    days: int,
+    domain_uuids: Sequence[str] | None = None,
+    networks: Sequence[str] | None = None,
+) -> str | None:
+    """Makes a token, good for so many days (0: for ever), some of the account's domains and some networks.
+
+    None if the account is disabled.
+    """
     token = "cdr_" + secrets.token_urlsafe(32)
-    made = run(connection, "insert_token", account_id=account_id, digest=digest_token(token), days=days)
+    limits = {"domain_uuids": domain_uuids, "networks": networks}
+    made = run(connection, "insert_token", account_id=account_id, digest=digest_token(token), days=days, **limits)
     # Behind it, which locks the account: whoever disables one locks it before its tokens.
     run(connection, "delete_expired_tokens", account_id=account_id)
     return token if made else None

@@ -16,7 +16,7 @@ from cdr.settings import Settings, unknown_settings
 
 Check = Callable[[Subject, Connection], Iterator[Finding]]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 ENVIRONMENT_FILE = Path("/etc/cdr-api/env")  # where DEPLOYMENT.md puts it
 
 
@@ -36,7 +36,7 @@ def find_domains(settings: Settings) -> Domains:
     """FusionPBX's domains, as the service knows them; none where that cannot be told."""
     try:
         with connect(settings.dsn) as connection:
-            (row,) = run(connection, "find_domains", account_id=0, all_domains=True)
+            (row,) = run(connection, "find_domains", account_id=0, all_domains=True, chosen_uuids=None)
             return read_domains(row, codec_of(connection))
     except psycopg.Error:  # which is told by the checks of that server
         return Domains()

@@ -88,9 +88,14 @@ def parse_position(text: str) -> int:
 
 
 def digest_purpose(selection: Selection) -> str:
-    """The filters, and the domains if the request names them, by uuid: a rename changes nothing."""
-    named = sorted(selection.domains.uuids) if selection.domains.named else None
-    return hashlib.sha256(json.dumps([named, selection.identity()]).encode()).hexdigest()[:32]
+    """The filters, and the domains if the request names them or the token was made for some.
+
+    By uuid: a rename changes nothing.
+    """
+    domains = selection.domains
+    chosen = domains.uuids if domains.named else domains.chosen_uuids
+    uuids = None if chosen is None else sorted(chosen)
+    return hashlib.sha256(json.dumps([uuids, selection.identity()]).encode()).hexdigest()[:32]
 
 
 def show_grants(domains: Domains) -> int | str | None:

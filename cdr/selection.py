@@ -92,6 +92,7 @@ class Domains:
     lone_names: Sequence[str | None] = ()  # those that no other domain bears
     everything: bool = False
     named: bool = False  # whether the request names them
+    chosen_uuids: Sequence[str] | None = None  # of all that the token was made for
     newest_grant: int | None = None  # of the account's grants, when all of them count
     codec: str | None = None  # of the database that the names are from, which read_text has read
 
