@@ -58,7 +58,16 @@ def transaction() -> Iterator[Connection]:
         yield connection
 
 
+def show_email(email: str) -> str:
+    """An address as lists show it: what is not ASCII as \\u0430, lest an account pass for another."""
+    return email.encode("unicode_escape").decode("ascii")
+
+
 def find_account(connection: Connection, email: str) -> dict[str, Any]:
+    """The account of an address as lists show it, or as it is."""
+    if "\\" in email:
+        shown = {show_email(row["email"]): row["email"] for row in run(connection, "select_accounts")}
+        email = shown.get(email, email)
     found = run(connection, "find_account", email_key=accounts.email_key(email))
     if not found:
         raise click.ClickException(f"there is no account {email}")
@@ -141,7 +150,7 @@ def list_users() -> None:
         (
             (
                 row["account_id"],
-                row["email"],
+                show_email(row["email"]),
                 row["name"],
                 "*"
                 if row["all_domains"]
@@ -262,7 +271,9 @@ def list_tokens(email: str | None) -> None:
         ("ID", "E-MAIL", "CREATED", "LAST USED", "EXPIRES", "DOMAINS", "FROM"),
         (
             (
-                *(row[name] for name in ("token_id", "email", "created_at", "last_used_at", "expires_at")),
+                row["token_id"],
+                show_email(row["email"]),
+                *(row[name] for name in ("created_at", "last_used_at", "expires_at")),
                 ", ".join(show_name(name, codec) for name in row["domain_names"]) if row["has_chosen"] else None,
                 ", ".join(row["networks"]) if row["networks"] else None,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from datetime import datetime, timedelta
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from werkzeug.security import check_password_hash
 
-from tests.conftest import PASSWORD, Client, Database, DatabaseMaker, problem
+from tests.conftest import PASSWORD, ROOT, Client, Database, DatabaseMaker, problem
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,58 @@ def test_bad_registrations_name_every_fault_and_store_nothing(
     assert response.status_code == 422
     assert sorted(problem(response)["data"]) == sorted(faulty)
     assert database.execute("SELECT count(*) FROM cdr_api.accounts") == before
+
+
+ADDRESSES = {
+    "admin@example.com": True,
+    "  Ann.O'Neill+cdr@mail-1.example.com\t": True,
+    "root@localhost": True,
+    "a@xn--mller-kva.example": True,
+    "x" * 64 + "@example.com": True,
+    "a@" + "b" * 63 + ".example": True,
+    "\u0430dmin@example.com": False,  # Cyrillic
+    "admin@ex\u0430mple.com": False,
+    "\uff41dmin@example.com": False,  # full width
+    "admin\u3164@example.com": False,  # looks like nothing
+    "jose\u0301@example.com": False,
+    "jos\u00e9@example.com": False,
+    "\u212aim@example.com": False,  # the Kelvin sign, in lower case a k
+    "x" * 65 + "@example.com": False,
+    "a@" + "b" * 64 + ".example": False,
+    "a@" + ".".join(["b" * 60] * 5): False,
+    ".a@example.com": False,
+    "a..b@example.com": False,
+    "a@-example.com": False,
+    "a@example..com": False,
+    "a@example.com.": False,
+    "a@[192.0.2.1]": False,
+    '"a b"@example.com': False,
+    "a<b>@example.com": False,
+    "a\\u0430@example.com": False,
+}
+
+
+@pytest.mark.parametrize("email", ADDRESSES, ids=ascii)
+def test_an_address_is_one_that_mail_systems_take_and_looks_like_no_other(public: Client, email: str) -> None:
+    response = public.post("/api/register", json=person(email))
+    assert response.status_code == (201 if ADDRESSES[email] else 422), response.text
+    if not ADDRESSES[email]:
+        assert list(problem(response)["data"]) == ["email"]
+    description = json.loads((ROOT / "openapi.json").read_text("utf-8"))["components"]["schemas"]["Registration"]
+    pattern = re.compile(description["properties"]["email"]["pattern"])
+    limits = len(email) <= 254 and email.find("@") <= 64  # of which the pattern knows nothing
+    assert (limits and bool(pattern.search(email.replace("\t", " ")))) == ADDRESSES[email]
+
+
+@pytest.mark.parametrize(
+    "email", ["\u0430dmin@example.com", "Jos\u00e9@example.com", "a b@c", "a\\b@example.com"], ids=ascii
+)
+def test_an_account_from_before_logs_in_whatever_its_address(database: Database, public: Client, email: str) -> None:
+    database.account(email=email)
+    for written in (email, f" {email.upper()} "):
+        response = public.post("/api/login", json={"email": written, "password": PASSWORD})
+        assert response.status_code == 200, response.text
+        assert response.get_json()["user"]["email"] == email
 
 
 def test_missing_parameters_are_all_named(public: Client) -> None:

@@ -85,6 +85,35 @@ def test_an_account_from_the_cradle_to_the_grave(app: Flask) -> None:
     assert "ops@example.com" not in flask(app, "user", "list").output.lower()
 
 
+def test_no_address_passes_for_another_in_a_list(database: Database, app: Flask) -> None:
+    """And each can be named as the list shows it."""
+    shown = {
+        "boss@example.com": "boss@example.com",
+        "b\u043ess@example.com": r"b\u043ess@example.com",
+        "boss\u3164@example.com": r"boss\u3164@example.com",
+        "jos\u00e9@example.com": r"jos\xe9@example.com",
+        r"b\u043ess@old.example.com": r"b\\u043ess@old.example.com",
+    }
+    for email in shown:
+        database.account(email=email)
+    for command in ("user", "token"):
+        listed = flask(app, command, "list").output
+        assert listed.isascii()
+        assert {line.split()[1] for line in listed.splitlines()} >= set(shown.values())
+    for i, (email, text) in enumerate(shown.items()):
+        for written in (email, text):
+            name = demo.DOMAINS[i % 3]
+            assert flask(app, "user", "grant", written, name).exit_code == 0
+            query = "SELECT count(*) FROM cdr_api.grants JOIN cdr_api.accounts USING (account_id) WHERE email = %s"
+            assert database.execute(query, [email]) == [(1,)]
+            assert flask(app, "user", "revoke", written, name).exit_code == 0
+            assert database.execute(query, [email]) == [(0,)]
+    missing = flask(app, "user", "grant", r"\ud800@example.com", "*")
+    assert (missing.exit_code, missing.output) == (1, "Error: there is no account \\ud800@example.com\n")
+    refused = flask(app, "user", "add", "b\u043es@example.com", "--name", "x", "--password-stdin", stdin=PASSWORD)
+    assert (refused.exit_code, "must be an e-mail address" in refused.output) == (1, True)
+
+
 def test_a_token_is_printed_alone_and_can_be_revoked(database: Database, app: Flask) -> None:
     database.account("alpha.example.com", email="tokens@example.com")
     made = flask(app, "token", "create", "tokens@example.com", "--days", "3")

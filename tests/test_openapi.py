@@ -717,7 +717,7 @@ RULES = [
     r"\w+ must be valid (UTF-8|Unicode)\.",
     r"to must be at most 31 days after from\.",
     r"name must be 1 to 255 printable characters\.",
-    r"email must be an e-mail address of at most 254 characters\.",
+    r"email must be an e-mail address of at most 254 ASCII characters\.",
     r"email has already been taken\.",
     r"password must (have|be|not contain) .*",
     r"all is given twice\.",
