@@ -220,10 +220,16 @@ def test_a_thousand_clients_that_go_away_leave_nothing_behind(database: Database
     with serve(database.dsn, CDR_API_THREADS="8") as gunicorn, ThreadPoolExecutor() as pool:
         use_everything(database, gunicorn, 8)
         list(pool.map(lambda token: go_away(gunicorn, token, 10), tokens))  # starts all threads
-        before = count_resources(database, gunicorn)
+        wait_for(lambda: len(count_resources(database, gunicorn)[0]) == 8)
+        sessions, files, threads = count_resources(database, gunicorn)
         list(pool.map(lambda token: go_away(gunicorn, token, 250), tokens))
+
+        def nothing_is_left() -> bool:
+            found = count_resources(database, gunicorn)
+            return found[0] == sessions and found[1] <= files and found[2] <= threads
+
         # The very sessions that were there before: none was given up, none made anew.
-        wait_for(lambda: count_resources(database, gunicorn) == before)
+        wait_for(nothing_is_left)
 
 
 CHANGES = [
