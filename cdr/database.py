@@ -67,8 +67,10 @@ class PooledConnection(Connection):
     prepared: dict[str, str] | None = None
 
     def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
+        if self.watch:
+            gen = watched(gen, self.watch)
         try:
-            return super().wait(watched(gen, self.watch), interval, timeout or self.silence_seconds)
+            return super().wait(gen, interval, timeout or self.silence_seconds)
         except psycopg.errors._WaitTimeout:  # noqa: SLF001 (psycopg has no public name for it)
             self.close()
             raise psycopg.OperationalError("the server does not answer") from None
@@ -79,14 +81,13 @@ class PooledConnection(Connection):
             self.home.give_back(self)
 
 
-def watched(gen: PQGen[RV], watch: Watch | None) -> PQGen[RV]:
+def watched(gen: PQGen[RV], watch: Watch) -> PQGen[RV]:
     """A generator of psycopg's, with a look at what else matters as often as it is resumed."""
     try:
         awaited = next(gen)
         while True:
             ready = yield awaited
-            if watch:
-                watch()
+            watch()
             awaited = gen.send(ready)
     except StopIteration as end:
         found: RV = end.value
