@@ -37,14 +37,14 @@ LOCK = $(BIN)/pip-compile --quiet --upgrade --generate-hashes --strip-extras --n
   --no-emit-find-links --no-emit-trusted-host pyproject.toml
 HEAD = "\# Made by make lock from pyproject.toml: change that, not this.\n"
 
-lock: $(BIN)/python ## the three requirements.txt anew from pyproject.toml
+lock: $(BIN)/python ## makes the three requirements.txt again from pyproject.toml
 	$(BIN)/python -m pip install --quiet pip-tools
 	for extra in "" demo tests; do \
 	  file=$${extra:+$$extra/}requirements.txt; \
 	  $(LOCK) $${extra:+--extra $$extra} --output-file - > $$file.new && (printf $(HEAD); cat $$file.new) > $$file; rm $$file.new; \
 	done
 
-assets: ## the libraries of pages/ anew, at the versions that the script names (needs npm)
+assets: ## fetches the libraries of pages/ again, at the versions that the script names (needs npm)
 	pages/vendor/fetch.sh
 
 clean: ## all that the above made

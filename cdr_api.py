@@ -332,11 +332,11 @@ def read_naming() -> dict[str, str]:
     return {}
 
 
-def read_domains(values: Mapping[str, Any], *, anew: bool = False) -> Domains:
+def read_domains(values: Mapping[str, Any], *, fresh: bool = False) -> Domains:
     """The one place that decides which domains a request may read: those that it names, or all of the account.
 
     Raises ApiError 403, the same for a foreign domain and for none; 404 only
-    for accounts that may read all. anew: as they are now, and not when the token was looked up.
+    for accounts that may read all. fresh: as they are now, and not when the token was looked up.
     """
     account = current_account()
     if values["domain_name"] is None and values["domain_uuid"] is None:
@@ -344,7 +344,7 @@ def read_domains(values: Mapping[str, Any], *, anew: bool = False) -> Domains:
     if values["domain_name"] is not None and values["domain_uuid"] is not None:
         refuse("domain_uuid", "names the domain instead of domain_name, not beside it")
     naming = read_naming()
-    if anew and naming:
+    if fresh and naming:
         account = accounts.find_named(service(), account, naming)
     return accounts.select_domains(service(), account, values["domain_uuid"])
 
@@ -503,9 +503,9 @@ def call_range() -> Response:
     return answer_calls(values, select_range(values))
 
 
-def select(values: Mapping[str, Any], *, anew: bool = False) -> Selection:
+def select(values: Mapping[str, Any], *, fresh: bool = False) -> Selection:
     """The calls of a request's domains and filters."""
-    return Selection.of(read_domains(values, anew=anew), values, service().time_zone, service().calls.codec)
+    return Selection.of(read_domains(values, fresh=fresh), values, service().time_zone, service().calls.codec)
 
 
 def select_range(values: Mapping[str, Any]) -> Selection:
@@ -568,7 +568,7 @@ def call_feed() -> Response:
         refuse("cursor", "is needed, or from at the first poll; not both")
     output, fields, account = choose_format(values), values["fields"] or FIELDS, current_account()
     horizon = feed.find_horizon(service())
-    selection = select(values, anew=True)  # after the horizon: a domain that has calls below it is seen
+    selection = select(values, fresh=True)  # after the horizon: a domain that has calls below it is seen
     _ = service().secret  # before a connection is held: it may take one of its own
     with service().reading(account.account_id, client(), sort=True, zone=values["tz"]) as connection:
         window, is_known = feed.read_window(service(), connection, account, selection, horizon, values)

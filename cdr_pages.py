@@ -41,7 +41,7 @@ def describe(path: str) -> bytes:
 
 
 def answer_file(content: bytes, media_type: str) -> Response:
-    """A file that is kept, and asked for anew each time by its ETag: an upgrade never mixes old with new."""
+    """A file that is kept, and checked each time by its ETag: an upgrade never mixes old with new."""
     parse_pairs(read_pairs(request.query_string), {})
     response = Response(content, mimetype=media_type)
     response.headers["Cache-Control"] = "no-cache"

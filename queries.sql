@@ -225,7 +225,7 @@ DEALLOCATE {name};
 
 -- name: zoned
 -- No statement but a condition, which is folded before anything is read: the column {stamp}
--- is timestamptz. The CASE, whose first arm never runs, gives the text behind it the
+-- is timestamptz. The CASE, whose first arm never runs, gives the text after it the
 -- column's own type; only with zones are these two the same instant.
 (CASE WHEN false THEN cdr.{stamp} ELSE '2000-01-01 00:00+00' END) = '2000-01-01 01:00+01'
 
@@ -383,7 +383,7 @@ SELECT FROM v_xml_cdr LIMIT 0;
 -- One row: every transaction below horizon has ended. durable: the WAL that says
 -- so is on disk. Else a crash may forget a rollback and give its id to another
 -- transaction, whose calls would then lie below a horizon that was passed.
--- position: of the WAL, behind the ends of all of them; with the timeline it is on.
+-- position: of the WAL, after the ends of all of them; with the timeline it is on.
 SELECT horizon, position::text, timeline,
        pg_is_in_recovery() OR pg_current_wal_flush_lsn() >= position AS durable
   FROM (SELECT txid_snapshot_xmin(txid_current_snapshot()) AS horizon,
@@ -552,7 +552,7 @@ HAVING NOT %(active_only)s OR max(level) > 0
 -- name: select_activity
 -- One row is an interval of a domain with the calls that overlap it, by
 -- direction. A call counts from its first interval to its last: added in the
--- first, taken away behind the last. One that ends where it starts is in one.
+-- first, taken away after the last. One that ends where it starts is in one.
 -- active_only as above.
 WITH spans AS (
     SELECT domain_name, direction,
@@ -969,7 +969,7 @@ SELECT indexrelid::regclass::text AS index_name
 SET LOCAL enable_seqscan = off;
 
 -- name: explain
--- One row: the plan, as JSON, of the statement that is set behind it.
+-- One row: the plan, as JSON, of the statement that is put after it.
 EXPLAIN (FORMAT JSON);
 
 -- name: read_clock

@@ -410,7 +410,7 @@ class Arena:
 
 @contextmanager
 def open_arena(server: PostgresServer, name: str) -> Iterator[Arena]:
-    """Starts service and peer anew, so that their memory is that of a fresh start."""
+    """Starts service and peer again, so that their memory is that of a fresh start."""
     dsn = demo.service_dsn(server, name)
     variables = compose_variables(dsn)
     with serve(variables) as service, serve(variables, "bench.jsonify_app:app") as peer:

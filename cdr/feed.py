@@ -122,13 +122,13 @@ def read_feed_cursor(secret: bytes, text: str) -> FeedCursor:
 
 
 def gone(since: str, reason: str) -> NoReturn:
-    """Raises ApiError 410, which says where to begin anew."""
+    """Raises ApiError 410, which says where to start again."""
     how = (
         "poll with this from and without a cursor; calls that you have come again; "
         "the older calls of a domain that is new to you need a from of their own"
     )
     resync = {"from": since, "how": how}
-    raise ApiError(410, f"{reason}: begin anew with from=, calls that you have come again.", resync)
+    raise ApiError(410, f"{reason}: start again with from=; calls that you have come again.", resync)
 
 
 def check_purpose(cursor: FeedCursor, account: Account, selection: Selection, snapshot: Mapping[str, Any]) -> None:
@@ -216,7 +216,7 @@ class Window:
         return written.parts(cursor.key and (cursor.key[0], cursor.key[1]), limit)
 
     def following(self, key: Key | None) -> FeedCursor:
-        """The cursor of the next poll: behind a key, or (None) behind the window, which was delivered whole.
+        """The cursor of the next poll: after a key, or (None) after the window, which was delivered whole.
 
         Everything stored by an instant is delivered once every transaction that had
         begun to write by then lies below the horizon. So an instant is noted with

@@ -1,7 +1,7 @@
 """Text of a request or a setting to values. Everything is refused here, with a sentence.
 
 A parser takes a text and gives a value, or raises ValueError whose message goes
-behind the parameter's name.
+after the parameter's name.
 """
 
 from __future__ import annotations

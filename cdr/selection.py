@@ -177,7 +177,7 @@ class Selection:
         return ranged.ending_since(start) if by == "end" else ranged
 
     def ending_since(self, instant: datetime) -> Selection:
-        """Only calls that end at an instant or later: behind the last possible key before it."""
+        """Only calls that end at an instant or later: after the last possible key before it."""
         before = instant - timedelta(microseconds=1)
         return replace(self, part="dated", after=(before.isoformat(), LAST_UUID))
 
@@ -187,7 +187,7 @@ class Selection:
         return {**self.filters, **{name: edge for name, edge in edges.items() if edge}, "by": self.by}
 
     def parts(self, key: Key | None, limit: int | None) -> list[Selection]:
-        """The selection of each statement that answers a request, from behind a key on.
+        """The selection of each statement that answers a request, after a key.
 
         First the calls that have an end stamp, then those that have none;
         never both in one page.
@@ -254,7 +254,7 @@ def find_keys(connection: PooledConnection, selection: Selection) -> list[Key]:
 
 
 def find_next_key(connection: PooledConnection, page: Selection) -> Key | None:
-    """The key behind a page of page.limit calls; None if nothing follows."""
+    """The key that ends a page of page.limit calls; None if nothing follows."""
     keys = find_keys(connection, replace(page, limit=2, offset=(page.limit or 0) - 1))
     if len(keys) == 2:
         return keys[0]

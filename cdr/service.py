@@ -146,7 +146,7 @@ class Service:
             yield connection
         except BaseException as error:
             if isinstance(error, psycopg.errors.WrongObjectType):
-                connection.close()  # the next one looks anew at what kind of table there is
+                connection.close()  # the next one looks again at what kind of table there is
             out_of_slots = isinstance(error, psycopg.errors.QueryCanceled) and not connection.has_stream_slot
             self.calls.give_back(connection)  # from here on it may be another request's
             if out_of_slots:

@@ -53,7 +53,7 @@ def compose_run_short(name: str, given: tuple[str, ...], encoding: str) -> str:
 def execute_short(
     service: Service, connection: PooledConnection, selection: Selection, fields: tuple[str, ...], zone: str | None
 ) -> list[bytes]:
-    """The rows of compose_short, in one round trip and without planning anew; psycopg.Error if that fails."""
+    """The rows of compose_short, in one round trip and without planning again; psycopg.Error if that fails."""
     source = selection.source(connection)
     used = find_placeholders(compose_select(fields, source, typed_column))
     parameters = {name: value for name, value in selection.parameters().items() if name in used}

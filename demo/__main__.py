@@ -70,7 +70,7 @@ def prepare_demo(arguments: argparse.Namespace) -> dict[str, str]:
     with connect(server) as connection:
         row = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]).fetchone()
     if row is None:
-        # Under another name until it is whole: an interrupted start begins anew.
+        # Under another name until it is whole: an interrupted start begins again.
         unfinished = f"{name}_unfinished"
         with connect(server) as connection:
             connection.execute(f'DROP DATABASE IF EXISTS "{unfinished}"')

@@ -11,7 +11,7 @@ reconcile compares the ledger with the PBX's totals by domain and day, and
 repairs the days that differ.
 
 Exit status: 0 all is well, 2 wrong use, 3 the cursor cannot be continued
-(--resync begins anew), 4 the token may not, 5 try again later, 6 the service
+(--resync begins again), 4 the token may not, 5 try again later, 6 the service
 refuses the request, 7 the ledger still differs from the PBX.
 """
 
@@ -221,14 +221,14 @@ def poll_page(pbx: Pbx, ledger: Ledger, first: str | None, limit: int) -> int:
     return calls
 
 
-def begin_anew(ledger: Ledger, refused: RefusedError, first: str | None) -> None:
+def begin_again(ledger: Ledger, refused: RefusedError, first: str | None) -> None:
     """After 410: polls from the instant that the answer names. Calls that are here already come again."""
     start = refused.data.get("from") or first
     if start is None:
         raise RunError(CURSOR_GONE, f"{refused} Say where, with --from.")
     with transaction(ledger):
         set_position(ledger, "from", start, None)
-    print(f"{refused} Beginning anew with {start}.", file=sys.stderr)
+    print(f"{refused} Beginning again with {start}.", file=sys.stderr)
 
 
 def poll(pbx: Pbx, ledger: Ledger, arguments: argparse.Namespace) -> int:
@@ -241,7 +241,7 @@ def poll(pbx: Pbx, ledger: Ledger, arguments: argparse.Namespace) -> int:
         except RefusedError as refused:
             if refused.answer == 410 and resync:
                 resync = False
-                begin_anew(ledger, refused, arguments.first)
+                begin_again(ledger, refused, arguments.first)
             elif refused.answer in (429, 503) and refused.retry_after <= patience:
                 patience -= refused.retry_after
                 print(f"{refused} Waiting {refused.retry_after} s.", file=sys.stderr, flush=True)
@@ -461,7 +461,7 @@ def read_arguments() -> argparse.Namespace:
     command = commands.add_parser("poll", help="read the feed from where the last run ended")
     command.set_defaults(run=poll)
     command.add_argument("--from", dest="first", help="where the first poll begins: a date or a datetime")
-    command.add_argument("--resync", action="store_true", help="begin anew if the cursor cannot be continued")
+    command.add_argument("--resync", action="store_true", help="start again if the cursor cannot be continued")
     command.add_argument("--limit", type=int, default=10_000, help="calls of a page (10000)")
     command.add_argument("--patience", type=int, default=300, help="seconds to wait for a busy service (300)")
     command = commands.add_parser("reconcile", help="compare with the PBX, and repair")

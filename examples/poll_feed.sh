@@ -3,7 +3,7 @@
 #
 #     export CDR_URL=https://pbx.example.com/api CDR_TOKEN=cdr_… FROM=2026-01-01
 #     poll_feed.sh /var/spool/cdr            # FROM counts the first time only
-#     poll_feed.sh --resync /var/spool/cdr   # may begin anew if the cursor cannot be continued
+#     poll_feed.sh --resync /var/spool/cdr   # may start again if the cursor cannot be continued
 #
 # FOLDER/spool/000000000001.ndjson and so on hold the calls, one JSON object a line. Take
 # the files in the order of their names, and the calls by their xml_cdr_uuid: one
@@ -65,13 +65,13 @@ problem() {  # the service's sentence; a proxy's own page has none
   printf '%s: %s' "$status" "$(jq -r .message "$work/calls" 2>/dev/null || echo 'no reason given')"
 }
 
-begin_anew() {  # after 410
+begin_again() {  # after 410
   local start
   start=$(jq -r '.data | fromjson | .from // empty' "$work/calls" 2>/dev/null) || true
   start=${start:-${FROM:-}}
   [[ $resync && $start ]] ||
     fail 3 "$(problem) Run this with --resync (and FROM, if it asks for it); calls that you have come again."
-  printf '%s Beginning anew with %s.\n' "$(problem)" "$start" >&2
+  printf '%s Beginning again with %s.\n' "$(problem)" "$start" >&2
   resync=
   # Not under the same number: the file of a poll that crashed may hold calls that do not come again.
   remember "$((number + 1))" from "$start"
@@ -129,7 +129,7 @@ while ((calls == limit)); do
   ask
   case $status in
     200) keep ;;
-    410) begin_anew ;;
+    410) begin_again ;;
     429 | 503) wait_a_while ;;
     401 | 403) fail 4 "$(problem)" ;;
     5??) fail 5 "$(problem)" ;;

@@ -95,6 +95,6 @@ export function connect(opened, closed) {
     end(await logOut().then(() => "", (error) => (error.status === 401 ? "" : `Not logged out: ${error.message}`)));
   });
   addEventListener("pagehide", () => logOut({ keepalive: true }).catch(() => {}));
-  // Shown again out of the browser's memory: logged out, so begin anew.
+  // Shown again out of the browser's memory: logged out, so start again.
   addEventListener("pageshow", (event) => event.persisted && location.reload());
 }

@@ -159,7 +159,7 @@ class Machine:
         psycopg.connect(dsn).close()
 
     def dump(self) -> list[str]:
-        """Everything in the database, and every role; without what pg_dump makes up anew each time."""
+        """Everything in the database, and every role; without what pg_dump makes up again each time."""
         lines = self.run("sudo -u postgres pg_dump fusionpbx; sudo -u postgres pg_dumpall --globals-only")
         return [line for line in lines.splitlines() if not re.match(r"\\(un)?restrict |-- (Started|Completed) ", line)]
 

@@ -293,7 +293,7 @@ def test_two_runs_at_once_do_not_get_in_each_others_way(stage: Stage) -> None:
     assert stage.poller.rows() == table(stage.database)
 
 
-def test_a_cursor_that_is_gone_stops_the_poller_until_it_may_begin_anew(stage: Stage) -> None:
+def test_a_cursor_that_is_gone_stops_the_poller_until_it_may_begin_again(stage: Stage) -> None:
     add_calls(stage.database, 30)
     add_calls(stage.database, 5, BETA)
     stage.poller.poll()
@@ -301,7 +301,7 @@ def test_a_cursor_that_is_gone_stops_the_poller_until_it_may_begin_anew(stage: S
     stage.grant(BETA)
     assert "--resync" in stage.poller.poll(status=3).stderr or stage.poller.program == "poll_feed.py"
     assert stage.poller.rows() == before
-    assert "Beginning anew" in stage.poller.poll("--resync").stderr
+    assert "Beginning again" in stage.poller.poll("--resync").stderr
     assert stage.poller.rows() == table(stage.database, ALPHA, BETA)
     assert "0 calls" in stage.poller.poll("--resync").stdout
 

@@ -115,10 +115,10 @@ def test_a_failover_to_a_standby_that_lacked_what_was_delivered_is_410(node: Nod
         answer = poller.ask(standby)
         assert answer.status_code == 410
         assert "failed over" in answer.get_json()["message"]
-        anew = Poller(poller.token)
-        anew.poll(standby)
+        again = Poller(poller.token)
+        again.poll(standby)
     assert set(poller.found) == kept | lost
-    assert set(anew.found) == kept | new
+    assert set(again.found) == kept | new
 
 
 def test_a_standby_that_lagged_only_behind_what_nobody_has_goes_on(node: Node) -> None:
@@ -178,10 +178,10 @@ def test_a_backup_that_was_restored_and_has_outgrown_the_cursor_is_410(node: Nod
         new = insert(backup, 30)
         answer = poller.ask(backup)
         assert answer.status_code == 410
-        anew = Poller(poller.token)
-        anew.poll(backup)
+        again = Poller(poller.token)
+        again.poll(backup)
     assert set(poller.found) == kept | lost
-    assert set(anew.found) == kept | new
+    assert set(again.found) == kept | new
 
 
 # Logical replication ----------------------------------------------------------------

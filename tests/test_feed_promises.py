@@ -44,7 +44,7 @@ class Poller:
         return new
 
     def refused(self) -> str:
-        """The sentence of a 410, which says where to begin anew."""
+        """The sentence of a 410, which says where to start again."""
         response = self.ask()
         assert response.status_code == 410, response.text
         assert problem(response)["data"]["from"]
@@ -302,10 +302,10 @@ def test_a_new_partition_ends_no_cursor_and_one_with_older_calls_does(partitione
     assert poller.poll() == []
     database.execute("ALTER TABLE v_xml_cdr ATTACH PARTITION april FOR VALUES FROM ('2026-04-01') TO ('2026-05-01')")
     assert "older calls" in poller.refused()
-    anew = Poller(poller.client, "2026-01-01")
-    assert len(anew.poll()) == 3
+    again = Poller(poller.client, "2026-01-01")
+    assert len(again.poll()) == 3
     database.execute("ALTER TABLE v_xml_cdr DETACH PARTITION february")  # an old month goes to the archive
-    assert anew.poll() == []
+    assert again.poll() == []
     assert check(poller.client.app)[1]["tables"] == "✓ tables             v_xml_cdr is a plain table of 2 partitions"
 
 

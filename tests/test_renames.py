@@ -94,7 +94,7 @@ def test_a_rename_changes_the_name_and_loses_nothing(make_database: DatabaseMake
     assert by_name(ours) == by_name(everything) == {NEW: 2}
 
     sql = "UPDATE v_xml_cdr SET domain_name = %s WHERE domain_name = %s AND domain_uuid = %s"
-    database.execute(sql, [NEW, NAMED[UA], UA])  # which brings them again: rows that were written anew
+    database.execute(sql, [NEW, NAMED[UA], UA])  # which brings them again: rows that were written again
     after = store()
     assert [poll() for poll in pollers] == [dict.fromkeys((before, within, after), NEW)] * 4
 

@@ -228,7 +228,7 @@ def test_a_thousand_clients_that_go_away_leave_nothing_behind(database: Database
             found = count_resources(database, gunicorn)
             return found[0] == sessions and found[1] <= files and found[2] <= threads
 
-        # The very sessions that were there before: none was given up, none made anew.
+        # The very sessions that were there before: none was given up, none made again.
         wait_for(nothing_is_left)
 
 
