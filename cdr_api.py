@@ -447,7 +447,7 @@ def answer_rows(
         if values["csv_safe"]:
             query = escape_rows(query, columns)
         all_parameters = {**selection.parameters(), **(parameters or {})}
-        copy = write_rows(service(), connection, query, all_parameters, output, columns)
+        copy = write_rows(connection, query, all_parameters, output, columns)
         stream = CallStream(service(), connection, copy, output, list(columns))
     return answer_stream(stream, {})
 
@@ -535,16 +535,22 @@ def answer_calls(values: Mapping[str, Any], selection: Selection) -> Response:
     with service().reading(account_id, client(), sort=selection.needs_sort, zone=values["tz"]) as connection:
         if limit and (key := find_next_key(connection, parts[0])):
             headers = link("after", write_cursor(service().secret, purpose, key))
-        query = write_copies(service(), connection, parts, output, fields, csv_safe=bool(values["csv_safe"]))
+        query = write_copies(connection, parts, output, fields, csv_safe=bool(values["csv_safe"]))
         stream = CallStream(service(), connection, query, output, fields)
     return answer_stream(stream, headers)
 
 
 @api.get("/domains")
 @tokens.login_required
-def domains() -> list[dict[str, Any]]:
-    read_query({})
-    return accounts.list_domains(service(), current_account())
+def domains() -> Response:
+    values = read_query(FORMAT)
+    output, columns = choose_format(values), {"domain_uuid": True, "domain_name": True}
+    listed = STATEMENTS["select_domains"]
+    query = escape_rows(listed, columns) if values["csv_safe"] else listed
+    with service().listing(client()) as connection:
+        copy = write_rows(connection, query, current_account().domain_parameters(), output, columns)
+        stream = CallStream(service(), connection, copy, output, list(columns))
+    return answer_stream(stream, {})
 
 
 FEED: dict[str, Any] = {
@@ -579,7 +585,7 @@ def call_feed() -> Response:
         headers = {"X-Next-Cursor": text, **link("cursor", text)}
         if is_known:
             headers["X-Complete-Through"] = following.through
-        query = write_copies(service(), connection, parts, output, fields, csv_safe=bool(values["csv_safe"]))
+        query = write_copies(connection, parts, output, fields, csv_safe=bool(values["csv_safe"]))
         stream = CallStream(service(), connection, query, output, fields)
     return answer_stream(stream, headers)
 
@@ -638,7 +644,7 @@ def call_lookup() -> Response:
         there = {uuid for _, uuid in find_keys(connection, selection)}
         not_found = json.dumps([uuid for uuid in uuids if uuid not in there], separators=(",", ":")).encode()
         output = replace(FORMATS["json"], opening=b'{"calls":[', closing=b'],"not_found":' + not_found + b"}\n")
-        query = write_copies(service(), connection, [selection], output, fields)
+        query = write_copies(connection, [selection], output, fields)
         stream = CallStream(service(), connection, query, output, fields)
     return answer_stream(stream, {})
 

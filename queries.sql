@@ -36,6 +36,10 @@ SET LOCAL client_encoding = {encoding}
 -- foreign table and no materialized view.
 LOCK TABLE v_xml_cdr IN ACCESS SHARE MODE;
 
+-- name: begin_list
+-- Opens the transaction of a list of something else than calls.
+BEGIN READ ONLY;
+
 -- name: take_stream_slot
 -- One row: whether the account gets a slot for another long answer: one of its
 -- advisory locks (of a server, shared by all workers), which end with the transaction.
@@ -634,7 +638,7 @@ SELECT coalesce(json_agg(json_build_object('uuid', d.domain_uuid,
 
 -- name: select_domains
 -- One row is a domain that the account may read, by name.
-SELECT d.domain_uuid::text, encode(convert_to(d.domain_name, getdatabaseencoding()), 'hex') AS name
+SELECT d.domain_uuid::text AS domain_uuid, d.domain_name
   FROM v_domains AS d
  WHERE (%(all_domains)s
         OR EXISTS (SELECT FROM cdr_api.grants AS g
@@ -843,6 +847,14 @@ SELECT current_user AS role,
        bool_and(has_table_privilege(name, 'SELECT')) AS may_read
   FROM unnest(ARRAY['v_xml_cdr', 'v_domains']) AS name
  WHERE to_regclass(name) IS NOT NULL;
+
+-- name: find_connection_limits
+-- One row: how many connections our role may have, and how many there are for all roles that are not superusers.
+SELECT CASE WHEN r.rolconnlimit < 0 OR r.rolsuper THEN found.server ELSE r.rolconnlimit END AS role, found.server
+  FROM pg_roles AS r
+ CROSS JOIN (SELECT current_setting('max_connections')::integer
+                    - current_setting('superuser_reserved_connections')::integer AS server) AS found
+ WHERE r.rolname = current_user;
 
 -- name: find_row_security
 -- One row is a table of which policies may hide rows from us.

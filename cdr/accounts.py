@@ -21,7 +21,7 @@ from cdr.database import Connection, codec_of, prepare, run, select_prepared
 from cdr.errors import ApiError, ValidationErrors, refuse
 from cdr.selection import Domains
 from cdr.service import Service
-from cdr.statements import STATEMENTS, can_hold, number_placeholders, read_text, show_text
+from cdr.statements import STATEMENTS, can_hold, number_placeholders, read_text
 
 log = logging.getLogger("cdr_api")
 
@@ -157,16 +157,6 @@ def read_domains(row: Mapping[str, Any], codec: str | None) -> Domains:
     """A row of find_domains, from a database with a codec."""
     names, lone_names = ([read_text(name, codec) for name in row[column] or ()] for column in ("names", "lone_names"))
     return Domains(row["uuids"] or [], names, lone_names, codec=codec)
-
-
-def list_domains(service: Service, account: Account) -> list[dict[str, Any]]:
-    """The same for people, by name."""
-    rows = service.accounts.rows("select_domains", **account.domain_parameters())
-    codec = service.accounts.codec
-    return [
-        {"domain_uuid": row["domain_uuid"], "domain_name": show_text(read_text(row["name"], codec), codec)}
-        for row in rows
-    ]
 
 
 def select_domains(service: Service, account: Account, domain_uuid: str | None) -> Domains:

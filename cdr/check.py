@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import psycopg
 from cdr.accounts import read_domains
 from cdr.check_calls import BAD, CHECKS, GOOD, NOTE, Finding, Subject
 from cdr.database import Connection, codec_of, connect, run
+from cdr.passwords import AT_ONCE
 from cdr.selection import Domains
 from cdr.settings import Settings, unknown_settings
 
@@ -18,17 +20,19 @@ Check = Callable[[Subject, Connection], Iterator[Finding]]
 
 SCHEMA_VERSION = 4
 ENVIRONMENT_FILE = Path("/etc/cdr-api/env")  # where DEPLOYMENT.md puts it
+UNIT_FILE = Path("/etc/systemd/system/cdr-api.service")
 
 
 def run_checks(settings: Settings) -> Iterator[Finding]:
     """Every check's finding. What cannot be looked at because a server is away is left out."""
     yield from check_settings(settings, os.environ)
     yield from check_files(ENVIRONMENT_FILE)
+    yield from check_memory(settings, UNIT_FILE)
     subject = Subject(settings, find_domains(settings))
-    accounts_checks = (check_role, check_domains, check_side_tables, check_accounts, check_warnings)
+    accounts_checks = (check_role, check_connections, check_domains, check_side_tables, check_accounts, check_warnings)
     yield from check_server("CDR_API_DSN", subject, settings.dsn, accounts_checks)
     variable = "CDR_API_CALLS_DSN" if settings.calls_dsn else "calls"
-    calls_checks = (check_role, *CHECKS) if settings.calls_dsn else CHECKS
+    calls_checks = (check_role, check_connections, *CHECKS) if settings.calls_dsn else CHECKS
     yield from check_server(variable, subject, settings.calls_dsn or settings.dsn, calls_checks)
 
 
@@ -70,6 +74,45 @@ def check_files(environment_file: Path) -> Iterator[Finding]:
         yield BAD, "files", fault
     if not faults:
         yield GOOD, "files", "the program and its settings are closed to others"
+
+
+# What docs/limits.md reckons with, in MB.
+WORKER_MB, PASSWORD_MB, ANSWER_MB = 80, 32, 16
+UNITS = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024 * 1024}
+
+
+def find_memory_limit(unit: Path) -> float | None:
+    """MemoryMax of a systemd unit's file and what was added to it, in MB; None: there is none, or not as a number."""
+    files = [unit, *sorted(unit.with_name(f"{unit.name}.d").glob("*.conf"))]
+    texts = [path.read_text("utf-8", "replace") for path in files if path.is_file()]
+    found = re.findall(r"^MemoryMax=(?:([0-9]+)([KMGT]?)\s*)?", "\n".join(texts), re.MULTILINE)
+    number, letter = found[-1] if found else ("", "")
+    return int(number) * (UNITS[letter] if letter else 1 / 1024 / 1024) if number else None
+
+
+def check_memory(settings: Settings, unit: Path) -> Iterator[Finding]:
+    """Whether all that the workers may take at once fits into the unit's limit."""
+    limit = find_memory_limit(unit)
+    if limit is None:
+        return
+    each = WORKER_MB + AT_ONCE * PASSWORD_MB + settings.threads * ANSWER_MB
+    sum_, workers = each * settings.workers, settings.workers
+    text = f"{workers} workers with {settings.threads} threads take {sum_} MB at most, of MemoryMax {limit:.0f} MB"
+    if sum_ > limit:
+        yield BAD, "memory", f"{text}: raise that in {unit}, or lower CDR_API_WORKERS or CDR_API_THREADS"
+    else:
+        yield GOOD, "memory", text
+
+
+def check_connections(subject: Subject, connection: Connection) -> Iterator[Finding]:
+    """Whether PostgreSQL lets the service have the connections that it may ask for."""
+    wanted = subject.settings.workers * subject.settings.threads
+    found = run(connection, "find_connection_limits")[0]
+    text = f"the service wants up to {wanted}; the role may have {found['role']}, the server {found['server']} in all"
+    if wanted > min(found["role"], found["server"]):
+        yield NOTE, "connections", f"{text}: under load requests wait, and then are 503"
+    else:
+        yield GOOD, "connections", text
 
 
 def check_server(variable: str, subject: Subject, dsn: str, checks: Iterable[Check]) -> Iterator[Finding]:

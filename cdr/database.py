@@ -62,7 +62,7 @@ class PooledConnection(Connection):
     nameless = True  # whether there may be calls without a domain_uuid; in a transaction that take_stream_slot began
     zoned = False  # whether stamps are known to be timestamptz; in such a transaction
     watch: Watch | None = None  # of the answer that it is read for
-    home: Database | None = None  # whose pool it belongs to
+    home: Database  # whose pool it belongs to
     # The name of each statement that is prepared on it, by its text; None: there must be none.
     prepared: dict[str, str] | None = None
 
@@ -77,8 +77,7 @@ class PooledConnection(Connection):
 
     def give_back(self) -> None:
         """Puts the connection into its pool again, in any state."""
-        if self.home:
-            self.home.give_back(self)
+        self.home.give_back(self)
 
 
 def watched(gen: PQGen[RV], watch: Watch) -> PQGen[RV]:

@@ -15,7 +15,7 @@ import psycopg
 from psycopg import sql
 
 from cdr.clients import Client, Watch
-from cdr.database import LOOKUP_SECONDS, Database, PooledConnection
+from cdr.database import LOOKUP_SECONDS, Database, PooledConnection, run
 from cdr.errors import ApiError, refuse
 from cdr.passwords import Passwords
 from cdr.requestlog import AuthLog, RequestLog
@@ -37,11 +37,11 @@ def compose_begin(*, lockable: bool) -> sql.Composed:
     return STATEMENTS["begin_read"].format(lock=lock)
 
 
-def set_encoding(service: Service) -> str:
+def set_encoding(database: Database) -> str:
     """What stands before a query whose rows we decode; nothing where PostgreSQL gives UTF-8."""
-    if service.calls.codec is None:
+    if database.codec is None:
         return ""
-    encoding = sql.Literal(service.calls.encoding)
+    encoding = sql.Literal(database.encoding)
     return STATEMENTS["set_encoding"].format(encoding=encoding).as_string() + ";\n"
 
 
@@ -153,6 +153,19 @@ class Service:
                 raise self.too_many_streams() from None
             if isinstance(error, psycopg.errors.InvalidParameterValue) and zone not in (None, self.time_zone):
                 refuse("tz", "is not a time zone that the database knows")
+            raise
+
+    @contextmanager
+    def listing(self, client: Client) -> Iterator[PooledConnection]:
+        """A connection for a long list beside the accounts, in a transaction: as that of reading, without its slots."""
+        _ = self.accounts.codec  # before a connection is held: it may take one of its own
+        connection = self.accounts.borrow()
+        connection.watch, connection.has_stream_slot = Watch(self.long_slots, client), True
+        try:
+            run(connection, "begin_list")
+            yield connection
+        except BaseException:
+            connection.give_back()
             raise
 
     def reading_parameters(self, *, sort: bool, zone: str | None = None) -> dict[str, Any]:

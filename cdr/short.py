@@ -65,7 +65,7 @@ def execute_short(
     name = prepare(connection, query)
     timeout = min(SHORT_MILLISECONDS, service.settings.statement_timeout)
     parameters = {**parameters, **service.reading_parameters(sort=False, zone=zone), "timeout": timeout}
-    query = compose_run_short(name, given, set_encoding(service))
+    query = compose_run_short(name, given, set_encoding(service.calls))
     calls = select_before_commit(connection, mogrify(connection, query, parameters))
     return [decode(call, service.calls.codec) for call in calls]
 

@@ -16,7 +16,7 @@ import psycopg
 from psycopg import sql
 
 from cdr.clients import Client, ClientBudget
-from cdr.database import PooledConnection, copy_batches
+from cdr.database import Database, PooledConnection, copy_batches
 from cdr.errors import ApiError
 from cdr.selection import Selection, compose_copy, compose_rows
 from cdr.service import Service, set_encoding
@@ -160,7 +160,7 @@ class CallStream:
                 if chunk:
                     yield chunk
                 encoded = encode(rows, self.output.separator if chunk else self.output.opening)
-                chunk = decode(encoded, self.service.calls.codec)
+                chunk = decode(encoded, self.connection.home.codec)
             self.complete = True
         except (psycopg.Error, ApiError) as error:
             if not self.owned:
@@ -189,7 +189,6 @@ class CallStream:
 
 
 def write_copies(
-    service: Service,
     connection: PooledConnection,
     parts: Sequence[Selection],
     output: Format,
@@ -200,11 +199,10 @@ def write_copies(
     """The query for the calls of all parts, which ends the transaction."""
     copy = compose_copy(output.statement, fields, parts[0].source(connection), csv_safe=csv_safe)
     copies = [mogrify(connection, copy, part.parameters() | {"header": part is parts[0]}) for part in parts]
-    return finish(service, b";".join(copies))
+    return finish(connection.home, b";".join(copies))
 
 
 def write_rows(
-    service: Service,
     connection: PooledConnection,
     query: sql.Composable,
     parameters: Mapping[str, Any],
@@ -214,8 +212,8 @@ def write_rows(
     """The query for the rows of a statement, which ends the transaction. columns: of each whether it is text."""
     strings = [name for name, is_text in columns.items() if is_text]
     copy = compose_rows(output.statement, query, strings).as_string()
-    return finish(service, mogrify(connection, copy, {**parameters, "header": True}))
+    return finish(connection.home, mogrify(connection, copy, {**parameters, "header": True}))
 
 
-def finish(service: Service, copies: bytes) -> bytes:
-    return set_encoding(service).encode() + copies + b";COMMIT"
+def finish(database: Database, copies: bytes) -> bytes:
+    return set_encoding(database).encode() + copies + b";COMMIT"

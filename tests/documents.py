@@ -14,6 +14,7 @@ DOCUMENTS = {
     path.relative_to(ROOT).as_posix(): path.read_text("utf-8")
     for path in sorted(ROOT.glob("**/*.md"))
     if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+    and path.name != "RESULT.md"  # which make bench writes
 }
 
 

@@ -200,6 +200,7 @@ def test_check_is_content_with_a_good_installation(make_database: DatabaseMaker)
         "registration",
         "CDR_API_DSN",
         "role",
+        "connections",
         "side tables",
         "accounts",
         "requests",

@@ -191,7 +191,7 @@ from cdr.stream import FORMATS, CallStream, write_copies
 service = Service(Settings.from_environ({{"CDR_API_DSN": {database.dsn!r}, "CDR_API_SYSLOG": "off"}}))
 with service.reading(0, Client(), sort=True) as connection:
     selection = Selection(Domains(everything=True))
-    query = write_copies(service, connection, [selection], FORMATS["csv"], ("billsec",))
+    query = write_copies(connection, [selection], FORMATS["csv"], ("billsec",))
     stream = CallStream(service, connection, query, FORMATS["csv"], ("billsec",))
 print(b"".join(stream).count(b"\\n"))
 service.close()

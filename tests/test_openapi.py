@@ -191,6 +191,7 @@ PARSERS: dict[str, Parsers] = {
     "concurrent_calls_by_domain": cdr_api.CONCURRENCY,
     "active_calls_by_domain": cdr_api.CONCURRENCY,
     "call_lookup": {"fields": parse_fields},
+    "domains": cdr_api.FORMAT,
     "logout": {"all": parse_flag},
 }
 EVERY_NAME = {name for found in OPERATIONS for name in (*found.parameters, *found.fields)}
