@@ -547,7 +547,7 @@ def domains() -> Response:
     output, columns = choose_format(values), {"domain_uuid": True, "domain_name": True}
     listed = STATEMENTS["select_domains"]
     query = escape_rows(listed, columns) if values["csv_safe"] else listed
-    with service().listing(client()) as connection:
+    with service().listing(current_account().account_id, client()) as connection:
         copy = write_rows(connection, query, current_account().domain_parameters(), output, columns)
         stream = CallStream(service(), connection, copy, output, list(columns))
     return answer_stream(stream, {})

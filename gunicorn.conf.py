@@ -47,9 +47,9 @@ wsgi_app = "wsgi:app"
 # its heart beside its threads.
 worker_class = "gthread"
 workers = settings.workers
-# More than there are connections: while all of these are busy, the others answer
-# what needs none, and 503 to whoever has waited too long for one.
-threads = settings.threads + 4
+# More than there are connections: while all of these are busy, others wait for one,
+# and four are left for what needs none and for those who wait too long.
+threads = 2 * settings.threads + 4
 timeout = 60
 graceful_timeout = 30
 keepalive = 15

@@ -8,6 +8,8 @@ import select
 import socket
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
@@ -48,6 +50,44 @@ class ClientGoneError(ApiError):
         super().__init__(499, "The client has closed the connection.")
 
 
+class Shares:
+    """How many connections of a worker each account has, apart from those of long answers.
+
+    Without a bound one account's slow statements would take all of them, each for the
+    second that it may be a short answer.
+    """
+
+    def __init__(self, most: int, waiting: int, seconds: float) -> None:
+        self.most = most
+        self.most_waiting = waiting  # each holds a thread
+        self.seconds = seconds  # that a request waits for a share
+        self.held: Counter[int] = Counter()  # by account
+        self.waiting: Counter[int] = Counter()
+        self.changed = threading.Condition()
+
+    def take(self, account_id: int) -> None:
+        """Waits until the account has a share left; ApiError 429 if that takes too long."""
+        with self.changed:
+            if self.waiting[account_id] >= self.most_waiting or not self.wait(account_id):
+                message = "This account has too many requests under way: wait for some of them to end."
+                raise ApiError(429, message, headers={"Retry-After": "5"})
+            self.held[account_id] += 1
+
+    def wait(self, account_id: int) -> bool:
+        self.waiting[account_id] += 1
+        try:
+            return self.changed.wait_for(lambda: self.held[account_id] < self.most, self.seconds)
+        finally:
+            self.waiting[account_id] -= 1
+
+    def give_back(self, account_id: int) -> None:
+        with self.changed:
+            self.held[account_id] -= 1
+            if not self.held[account_id]:
+                del self.held[account_id]
+            self.changed.notify_all()
+
+
 class Watch:
     """What is looked at while PostgreSQL works for an answer: whether its client is there, and whether it is long.
 
@@ -55,9 +95,10 @@ class Watch:
     that some connections are left for short ones. Without a slot it ends: ApiError 503.
     """
 
-    def __init__(self, slots: threading.BoundedSemaphore, client: Client) -> None:
+    def __init__(self, slots: threading.BoundedSemaphore, client: Client, give_share_back: Callable[[], None]) -> None:
         self.slots = slots
         self.client = client
+        self.shared: Callable[[], None] | None = give_share_back  # until it is a long answer
         self.begun = time.monotonic()
         self.has_slot = False
 
@@ -73,8 +114,15 @@ class Watch:
         if not self.has_slot and not self.slots.acquire(blocking=False):
             raise unavailable("Too many long answers are under way: try again soon.")
         self.has_slot = True
+        self.release_share()
+
+    def release_share(self) -> None:
+        give_back, self.shared = self.shared, None
+        if give_back:
+            give_back()
 
     def release(self) -> None:
+        self.release_share()
         if self.has_slot:
             self.has_slot = False
             self.slots.release()

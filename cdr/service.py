@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from cdr.clients import Client, Watch
+from cdr.clients import Client, Shares, Watch
 from cdr.database import LOOKUP_SECONDS, Database, PooledConnection, run
 from cdr.errors import ApiError, refuse
 from cdr.passwords import Passwords
@@ -52,6 +52,7 @@ class Service:
         self.settings = settings
         # Two connections are kept for short answers, as far as there are so many.
         self.long_slots = threading.BoundedSemaphore(max(1, settings.threads - 2))
+        self.shares = Shares(max(1, settings.threads // 4), settings.threads, settings.pool_timeout / 1000)
         self.passwords = Passwords(settings.threads)
         self.request_log = RequestLog(settings.log)
         self.auth_log = AuthLog(settings.syslog) if settings.syslog != "off" else None
@@ -138,8 +139,7 @@ class Service:
         """
         parameters = self.reading_parameters(sort=sort, zone=zone)
         _ = self.calls.codec  # before a connection is held: it may take one of its own
-        connection = self.calls.borrow()
-        connection.watch = Watch(self.long_slots, client)
+        connection = self.lend(self.calls, account_id, client)
         try:
             connection.silence_seconds = self.settings.statement_timeout / 1000 + LOOKUP_SECONDS
             self.begin(connection, {**parameters, "account_id": account_id, "alone": connection.indexed and not sort})
@@ -155,12 +155,24 @@ class Service:
                 refuse("tz", "is not a time zone that the database knows")
             raise
 
+    def lend(self, database: Database, account_id: int, client: Client) -> PooledConnection:
+        """A connection with a watch, of the account's share, which Database.give_back takes."""
+        self.shares.take(account_id)
+        watch = Watch(self.long_slots, client, functools.partial(self.shares.give_back, account_id))
+        try:
+            connection = database.borrow()
+        except BaseException:
+            watch.release()
+            raise
+        connection.watch = watch
+        return connection
+
     @contextmanager
-    def listing(self, client: Client) -> Iterator[PooledConnection]:
+    def listing(self, account_id: int, client: Client) -> Iterator[PooledConnection]:
         """A connection for a long list beside the accounts, in a transaction: as that of reading, without its slots."""
         _ = self.accounts.codec  # before a connection is held: it may take one of its own
-        connection = self.accounts.borrow()
-        connection.watch, connection.has_stream_slot = Watch(self.long_slots, client), True
+        connection = self.lend(self.accounts, account_id, client)
+        connection.has_stream_slot = True
         try:
             run(connection, "begin_list")
             yield connection
