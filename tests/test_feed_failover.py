@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import random
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from uuid import uuid4
 
 import psycopg
@@ -15,7 +18,7 @@ from cdr.database import run
 from cdr_api import create_app
 from tests.clients import Answer, fetch
 from tests.commands import check
-from tests.conftest import PASSWORD_HASH, Gunicorn, serve, wait_for
+from tests.conftest import PASSWORD_HASH, Client, Gunicorn, problem, serve, wait_for
 from tests.servers import Node, has_replayed, last_position, own_node, standby_of
 
 pytestmark = pytest.mark.direct("runs servers of its own, which fail over")
@@ -182,6 +185,92 @@ def test_a_backup_that_was_restored_and_has_outgrown_the_cursor_is_410(node: Nod
         again.poll(backup)
     assert set(poller.found) == kept | lost
     assert set(again.found) == kept | new
+
+
+# Failovers at random ----------------------------------------------------------------
+
+ROUNDS = max(3, int(float(os.environ.get("TORTURE_SECONDS", "20")) / 20))
+
+
+class Ledger:
+    """A poller that starts again where it is told to, in this process; and what it has by one line of cursors."""
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+        self.place = {"from": "2026-01-01"}
+        self.times: Counter[str] = Counter()
+        self.resyncs = 0
+
+    def poll(self, node: Node) -> None:
+        app = create_app({"CDR_API_DSN": node.dsn("cdr_api"), "CDR_API_SYSLOG": "off"})
+        response = Client(app, self.token).get("/api/call_feed", fields="xml_cdr_uuid", limit=7, **self.place)
+        app.extensions["cdr_api"].close()
+        if response.status_code == 410:
+            self.resyncs += 1
+            self.place, self.times = {"from": problem(response)["data"]["from"]}, Counter()
+            return
+        assert response.status_code == 200, response.text
+        self.place = {"cursor": response.headers["X-Next-Cursor"]}
+        self.times.update(call["xml_cdr_uuid"] for call in response.get_json())
+
+
+def stored(node: Node) -> set[str]:
+    with node.connect() as connection:
+        return {str(row[0]) for row in connection.execute("SELECT xml_cdr_uuid FROM v_xml_cdr")}
+
+
+def work(node: Node, ledger: Ledger) -> None:
+    """Stores calls and polls, in any order."""
+    for step in random.choices(["store", "poll"], k=random.randint(2, 12)):
+        if step == "store":
+            insert(node, random.randint(1, 10))
+        else:
+            ledger.poll(node)
+
+
+def fail_over(node: Node, standby: Node, ledger: Ledger, *, lags: bool) -> None:
+    """What the primary does after it was cut off from its standby is lost with it."""
+    work(node, ledger)
+    if lags:
+        wait_for(lambda: has_replayed(standby, node.value("SELECT pg_current_wal_lsn()")))
+        standby.execute("ALTER SYSTEM SET primary_conninfo = 'host=/nowhere'")
+        standby.execute("SELECT pg_reload_conf()")
+        wait_for(lambda: standby.value("SELECT count(*) FROM pg_stat_wal_receiver WHERE status = 'streaming'") == 0)
+        work(node, ledger)
+        node.control("-m", "immediate", "stop")
+        standby.control("promote")
+    else:
+        switch_over(node, standby)
+    standby.execute("ALTER SYSTEM RESET primary_conninfo")
+
+
+def test_failovers_at_random_lose_nothing_in_silence(node: Node) -> None:
+    """One after another, most to a standby that lags: at the end the ledger is the table, and no call came twice.
+
+    A call that was delivered and is lost means 410; a clean switchover never does.
+    """
+    ledger = Ledger(make_token(node))
+    told = []
+    with ExitStack() as stack:
+        for number in range(ROUNDS):
+            standby = stack.enter_context(standby_of(node, f"standby{number}"))
+            lags = random.random() < 0.7
+            fail_over(node, standby, ledger, lags=lags)
+            gone = set(ledger.times) - stored(standby)
+            before = ledger.resyncs
+            if random.random() < 0.5:  # ids that were given out again are passed, or not yet
+                insert(standby, random.randint(1, 30))
+            ledger.poll(standby)
+            resynced = ledger.resyncs > before
+            assert resynced or not gone
+            assert lags or not resynced
+            told.append((lags, len(gone), resynced))
+            node = standby
+        for _ in range(2 + len(stored(node)) // 7):  # pages of 7
+            ledger.poll(node)
+        assert stored(node) == set(ledger.times)
+    assert set(ledger.times.values()) <= {1}
+    print(*told, sep="\n")  # noqa: T201
 
 
 # Logical replication ----------------------------------------------------------------
