@@ -512,7 +512,8 @@ SELECT {keys}
 -- One row is an interval of a domain with its highest number of simultaneous
 -- calls. A sweep: a call adds one at its start and takes it away at its end, an
 -- interval's own beginning adds nothing and carries the level in. At the same
--- moment ends come before starts, and starts before the beginning. active_only: only
+-- moment ends come before starts, and starts before the beginning. The order by i, which
+-- is that by moment, is the order of the groups too: one sort serves both. active_only: only
 -- intervals in which there was a call; then the others are not even made.
 WITH spans AS (
     SELECT domain_name, greatest(start_at, %(from)s::timestamptz) AS first, end_at AS last
@@ -536,10 +537,11 @@ WITH spans AS (
            ceil(extract(epoch FROM least(last, %(until)s::timestamptz) - %(from)s::timestamptz) / %(step)s)::int - 1) AS i
      WHERE %(active_only)s
 ), levels AS (
-    SELECT domain_name, moment, change,
-           sum(change) OVER (PARTITION BY domain_name ORDER BY moment, change = 0, change
+    SELECT domain_name, i, change,
+           sum(change) OVER (PARTITION BY domain_name ORDER BY i, moment, change = 0, change
                               ROWS UNBOUNDED PRECEDING) AS level
       FROM events
+     CROSS JOIN LATERAL (SELECT floor(extract(epoch FROM moment - %(from)s::timestamptz) / %(step)s)::int AS i) AS interval
 )
 SELECT domain_name,
        trim('"' FROM to_json(%(from)s::timestamptz + i * %(step)s * interval '1 s')::text) AS start_interval,
@@ -547,7 +549,6 @@ SELECT domain_name,
                                    %(until)s::timestamptz))::text) AS end_interval,
        max(level)::bigint AS active_calls
   FROM levels
- CROSS JOIN LATERAL (SELECT floor(extract(epoch FROM moment - %(from)s::timestamptz) / %(step)s)::int AS i) AS interval
  WHERE change >= 0
  GROUP BY domain_name, i
 HAVING NOT %(active_only)s OR max(level) > 0

@@ -120,6 +120,21 @@ def test_what_nobody_waits_for_is_cancelled(database: Database, gunicorn: Gunico
     assert "Traceback" not in gunicorn.log.read_text("utf-8")
 
 
+def test_an_account_without_a_domain_reads_no_call(make_database: DatabaseMaker) -> None:
+    """Here each call would take a minute."""
+    database = make_database()
+    database.insert_call(xml_cdr_uuid=UUID)
+    client = database.client(database.account(), database.app(CDR_API_STATEMENT_TIMEOUT="10s"))
+    day = {"from": "2026-02-03", "to": "2026-02-03"}
+    with slow(database.execute, 60):
+        assert [row["calls"] for row in client.get("/api/call_totals", **day).get_json()] == [0]
+        assert client.get("/api/call_totals", group_by="day", **day).get_json() == []
+        for kind in ("concurrent", "active"):
+            assert client.get(f"/api/{kind}_calls_by_domain", **day).get_json() == []
+        assert client.post("/api/call_lookup", json={"xml_cdr_uuid": [UUID]}).get_json()["not_found"] == [UUID]
+    assert client.get("/api/call_feed", **{"from": "2026-01-01"}).get_json() == []
+
+
 def test_a_feed_that_nobody_waits_for_is_cancelled(make_database: DatabaseMaker) -> None:
     """It refuses views, and waits for a lock here."""
     database = make_database()

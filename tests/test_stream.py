@@ -268,6 +268,23 @@ def test_memory_does_not_grow_with_the_rows_of_an_aggregate(wide: Database, requ
 
 
 @in_linux
+def test_memory_does_not_grow_with_the_number_of_domains(make_database: DatabaseMaker) -> None:
+    database = make_database()
+    token = database.account(all_domains=True)
+    with serve(database.dsn, CDR_API_WORKERS="1") as gunicorn:
+        assert read_all(f"{gunicorn.url}/api/domains", token) < 1000
+        database.execute(
+            "INSERT INTO v_domains (domain_uuid, domain_name)"
+            " SELECT gen_random_uuid(), i || '.example.com' FROM generate_series(1, 200000) AS i"
+        )
+        (pid,) = gunicorn.worker_pids()
+        Path(f"/proc/{pid}/clear_refs").write_text("5", "ascii")
+        before = peak_memory(pid)
+        assert read_all(f"{gunicorn.url}/api/domains", token) > 18_000_000
+        assert peak_memory(pid) - before < 16 * 1024 * 1024
+
+
+@in_linux
 @pytest.mark.parametrize("kind", ["json", "ndjson", "csv"])
 def test_memory_does_not_grow_with_the_answer(make_database: DatabaseMaker, kind: str) -> None:
     """Some 300 MB of JSON in 30,000 rows: a worker may grow by 16 MB."""
