@@ -213,6 +213,8 @@ class Window:
             since = min(since, min(self.snapshot["now"], datetime.now(UTC)) - self.lookback)
             low = str(cursor.low % 2**32)
         written = replace(self.selection.ending_since(since), low=low, high=str((cursor.high or 0) % 2**32))
+        if cursor.low == cursor.high:  # no transaction has ended meanwhile: nothing needs to be looked at
+            written = replace(written, possible=False)
         return written.parts(cursor.key and (cursor.key[0], cursor.key[1]), limit)
 
     def following(self, key: Key | None) -> FeedCursor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -11,6 +11,8 @@ import psycopg
 import pytest
 
 from cdr.cursors import read_cursor, write_cursor
+from cdr.feed import FeedCursor, Window
+from cdr.selection import Domains, Selection
 from tests.conftest import Client, Database, DatabaseMaker, problem, wait_for
 
 
@@ -239,3 +241,27 @@ def test_domains_that_may_not_be_read(client: Client) -> None:
     )
     for path in ("/api/concurrent_calls_by_domain", "/api/active_calls_by_domain"):
         assert client.get(path, date="2026-01-01", domain_name="gamma.example.com").status_code == 403
+
+
+@pytest.mark.parametrize(("low", "looks"), [(None, True), (99, True), (100, False)])
+def test_where_no_transaction_has_ended_no_call_is_looked_at(low: int | None, *, looks: bool) -> None:
+    now = datetime.now(UTC)
+    cursor = FeedCursor(
+        version=2,
+        cluster="1.2",
+        account_id=1,
+        purpose="",
+        grants=None,
+        names=(),
+        table=1,
+        timeline=1,
+        position="0/1",
+        low=low,
+        since=now.isoformat(),
+        taken=now.isoformat(),
+        through=now.isoformat(),
+        high=100,
+    )
+    window = Window(cursor, Selection(Domains(everything=True)), {"now": now}, timedelta(days=45))
+    for limit in (None, 5):
+        assert {part.possible for part in window.parts(limit)} == {looks}
