@@ -448,7 +448,7 @@ def answer_rows(
             query = escape_rows(query, columns)
         all_parameters = {**selection.parameters(), **(parameters or {})}
         copy = write_rows(connection, query, all_parameters, output, columns)
-        stream = CallStream(service(), connection, copy, output, list(columns))
+        stream = CallStream(service(), connection, copy, output, list(columns), calls=False)
     return answer_stream(stream, {})
 
 
@@ -549,7 +549,7 @@ def domains() -> Response:
     query = escape_rows(listed, columns) if values["csv_safe"] else listed
     with service().listing(current_account().account_id, client()) as connection:
         copy = write_rows(connection, query, current_account().domain_parameters(), output, columns)
-        stream = CallStream(service(), connection, copy, output, list(columns))
+        stream = CallStream(service(), connection, copy, output, list(columns), calls=False)
     return answer_stream(stream, {})
 
 

@@ -47,9 +47,9 @@ wsgi_app = "wsgi:app"
 # its heart beside its threads.
 worker_class = "gthread"
 workers = settings.workers
-# More than there are connections: while all of these are busy, others wait for one,
-# and four are left for what needs none and for those who wait too long.
-threads = 2 * settings.threads + 4
+# More than there are connections: while an account waits for its own requests to end,
+# or all wait for a connection, others are heard, and 503 is said to who has waited too long.
+threads = 4 * settings.threads + 4
 timeout = 60
 graceful_timeout = 30
 keepalive = 15

@@ -57,28 +57,19 @@ class Shares:
     second that it may be a short answer.
     """
 
-    def __init__(self, most: int, waiting: int, seconds: float) -> None:
+    def __init__(self, most: int, seconds: float) -> None:
         self.most = most
-        self.most_waiting = waiting  # each holds a thread
         self.seconds = seconds  # that a request waits for a share
         self.held: Counter[int] = Counter()  # by account
-        self.waiting: Counter[int] = Counter()
         self.changed = threading.Condition()
 
     def take(self, account_id: int) -> None:
         """Waits until the account has a share left; ApiError 429 if that takes too long."""
         with self.changed:
-            if self.waiting[account_id] >= self.most_waiting or not self.wait(account_id):
+            if not self.changed.wait_for(lambda: self.held[account_id] < self.most, self.seconds):
                 message = "This account has too many requests under way: wait for some of them to end."
                 raise ApiError(429, message, headers={"Retry-After": "5"})
             self.held[account_id] += 1
-
-    def wait(self, account_id: int) -> bool:
-        self.waiting[account_id] += 1
-        try:
-            return self.changed.wait_for(lambda: self.held[account_id] < self.most, self.seconds)
-        finally:
-            self.waiting[account_id] -= 1
 
     def give_back(self, account_id: int) -> None:
         with self.changed:

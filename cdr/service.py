@@ -52,7 +52,7 @@ class Service:
         self.settings = settings
         # Two connections are kept for short answers, as far as there are so many.
         self.long_slots = threading.BoundedSemaphore(max(1, settings.threads - 2))
-        self.shares = Shares(max(1, settings.threads // 4), settings.threads, settings.pool_timeout / 1000)
+        self.shares = Shares(max(1, settings.threads // 4), settings.pool_timeout / 1000)
         self.passwords = Passwords(settings.threads)
         self.request_log = RequestLog(settings.log)
         self.auth_log = AuthLog(settings.syslog) if settings.syslog != "off" else None

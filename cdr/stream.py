@@ -133,9 +133,12 @@ class CallStream:
         query: bytes,
         output: Format,
         fields: Sequence[str],
+        *,
+        calls: bool = True,
     ) -> None:
         self.complete = False
-        self.rows = -output.header_rows
+        self.calls = calls  # whether its rows are calls, which are counted
+        self.rows = -output.header_rows if calls else 0
         self.owned = False  # until the first chunk is made, the connection is the caller's to give back
         self.output = output
         self.service = service
@@ -156,7 +159,7 @@ class CallStream:
         chunk = b""
         try:
             for rows in batches:
-                self.rows += len(rows)
+                self.rows += len(rows) if self.calls else 0
                 if chunk:
                     yield chunk
                 encoded = encode(rows, self.output.separator if chunk else self.output.opening)
