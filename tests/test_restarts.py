@@ -160,6 +160,7 @@ def test_no_request_fails_while_workers_are_replaced(
     assert set(outcomes) == {"200"}, outcomes
 
 
+@pytest.mark.direct("PgBouncer's sessions keep the zone that they began with")
 def test_all_workers_answer_in_the_zone_of_the_start(make_database: DatabaseMaker) -> None:
     """Also a worker that is made after the database's zone was changed; a reload takes the new zone."""
     database = make_database()
