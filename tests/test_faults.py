@@ -352,6 +352,7 @@ def test_a_recovery_conflict_in_mid_stream_is_a_visibly_broken_answer(
         conflict(node)
         wait_for(lambda: has_received(standby, node.value("SELECT pg_current_wal_lsn()")))
         assert [stream.finish()[0] for stream in streams] == [18] * len(FORMATS)
+    wait_for(lambda: has_replayed(standby, last_written(node)))  # until then any statement may conflict
     assert works(replicated, token)
 
 
