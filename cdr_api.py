@@ -69,6 +69,7 @@ from cdr.selection import (
     escape_rows,
     find_keys,
     find_next_key,
+    find_page,
     parse_fields,
 )
 from cdr.service import Service
@@ -579,7 +580,7 @@ def call_feed() -> Response:
     with service().reading(account.account_id, client(), sort=True, zone=values["tz"]) as connection:
         window, is_known = feed.read_window(service(), connection, account, selection, horizon, values)
         parts = window.parts(values["limit"])
-        key = find_next_key(connection, parts[0]) if values["limit"] else None
+        parts[0], key = find_page(connection, parts[0]) if values["limit"] else (parts[0], None)
         following = window.following(key)
         text = write_cursor(service().secret, "feed", asdict(following))
         headers = {"X-Next-Cursor": text, **link("cursor", text)}

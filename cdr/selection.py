@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 from psycopg import sql
@@ -206,6 +207,16 @@ class Selection:
         return self.by == "start" or len(self.domains.uuids) != 1 or self.domains.everything
 
     @property
+    def fills_windows(self) -> bool:
+        """Whether a page of these is likely to be full: of several domains, and all that they have.
+
+        Of what was written since the last poll there is little: to look for it in
+        windows would read everything once more.
+        """
+        several = len(self.domains.uuids) > 1 and not self.domains.everything
+        return several and self.possible and self.part == "dated" and self.low is None
+
+    @property
     def may_be_undated(self) -> bool:
         """Whether calls without an end stamp can be among these."""
         return self.by != "end"
@@ -246,6 +257,9 @@ class Selection:
         }
 
 
+FIRST_WINDOW = timedelta(hours=1)
+
+
 def find_keys(connection: PooledConnection, selection: Selection) -> list[Key]:
     """The keys of the selected calls."""
     query = compose_select(("end_stamp", "xml_cdr_uuid"), selection.source(connection))
@@ -262,6 +276,26 @@ def find_next_key(connection: PooledConnection, page: Selection) -> Key | None:
     if page.part == "dated" and page.may_be_undated and find_keys(connection, undated):
         return (None, None)
     return None
+
+
+def find_page(connection: PooledConnection, page: Selection) -> tuple[Selection, Key | None]:
+    """The page, as narrow as can be, and its find_next_key.
+
+    No index brings the calls of several domains in their order: without an upper
+    edge each page would sort all that is left. So it is looked for in windows that
+    double until one holds more than the page. What ends at the edge or later comes
+    after all of the page, so nothing is passed over.
+    """
+    if page.fills_windows:
+        with suppress(ValueError, OverflowError):  # -infinity, or beyond the year 9999
+            start, width, now = datetime.fromisoformat(page.after[0] or ""), FIRST_WINDOW, datetime.now(UTC)
+            while start + width < now:
+                narrow = replace(page, by="end", end=start + width)
+                keys = find_keys(connection, replace(narrow, limit=2, offset=(page.limit or 0) - 1))
+                if len(keys) == 2:
+                    return narrow, keys[0]
+                width *= 2
+    return page, find_next_key(connection, page)
 
 
 # Statements -------------------------------------------------------------------

@@ -237,3 +237,36 @@ def test_a_release_that_adds_filters_and_fields_resets_no_cursor(
     monkeypatch.setitem(cdr_api.FEED, "new_filter", str)
     for response in (page, poll):
         assert client.send("GET", next_link(response) or "").status_code == 200
+
+
+@pytest.mark.parametrize("limit", [1, 3, 50, 5000])
+def test_pages_of_several_domains_are_all_of_their_calls_in_order(make_database: DatabaseMaker, limit: int) -> None:
+    """Over gaps of years, equal stamps, the far future, infinity and calls without an end."""
+    database = make_database(index=True)
+    seconds = [0, 0, 0, 1, 3599, 3600, 3600, 7200, 7201, 100_000, 100_000, 50_000_000, 200_000_000]
+    for number, second in enumerate(seconds * (1 if limit == 1 else 3)):
+        database.execute(
+            "INSERT INTO v_xml_cdr (xml_cdr_uuid, domain_uuid, domain_name, end_stamp) SELECT gen_random_uuid(),"
+            " domain_uuid, domain_name, timestamptz '2019-01-01 00:00Z' + %s * interval '1 s' FROM v_domains"
+            " WHERE domain_name = %s",
+            [second, ("alpha.example.com", "beta.example.com", "gamma.example.com")[number % 3]],
+        )
+    for end in ("2040-01-01 00:00Z", "infinity", None):
+        database.insert_call(end_stamp=end, domain_name="beta.example.com")
+    client = database.client(database.account("alpha.example.com", "beta.example.com"))
+    where = {"from": "2019-01-01", "fields": "xml_cdr_uuid"}
+    whole = [call["xml_cdr_uuid"] for call in client.get("/api/call_feed", **where).get_json()]
+    expected = database.execute(
+        "SELECT xml_cdr_uuid::text FROM v_xml_cdr WHERE domain_name <> 'gamma.example.com'"
+        " ORDER BY end_stamp NULLS LAST, xml_cdr_uuid"
+    )
+    assert whole == [uuid for (uuid,) in expected]
+    found: list[str] = []
+    response = client.get("/api/call_feed", limit=limit, **where)
+    while len(found) < len(whole):
+        page = [call["xml_cdr_uuid"] for call in response.get_json()]
+        assert len(page) <= limit
+        found += page
+        response = client.send("GET", next_link(response) or "")
+        assert response.status_code == 200
+    assert found == whole
