@@ -306,6 +306,31 @@ cdr.{stamp}
    LEFT JOIN unnest(%(domain_uuids)s::uuid[], %(domain_names)s::text[]) AS domains (uuid, name)
      ON domains.uuid = cdr.domain_uuid)
 
+-- name: calls_of_all_in_parts
+-- The same by an index on domain_uuid: domain_uuids are all that any row has.
+(SELECT {columns}, coalesce(domains.name, cdr.domain_name) AS present_name
+   FROM unnest(%(domain_uuids)s::uuid[], %(domain_names)s::text[]) AS domains (uuid, name)
+   JOIN v_xml_cdr AS cdr ON cdr.domain_uuid = domains.uuid
+  UNION ALL
+ SELECT {columns}, cdr.domain_name
+   FROM v_xml_cdr AS cdr
+  WHERE cdr.domain_uuid IS NULL)
+
+-- name: find_strays
+-- One row: the domain_uuids of calls that no domain of known has, by an index that is looked
+-- into once for each.
+WITH RECURSIVE found AS (
+    (SELECT domain_uuid FROM v_xml_cdr WHERE domain_uuid IS NOT NULL ORDER BY domain_uuid LIMIT 1)
+     UNION ALL
+    SELECT (SELECT cdr.domain_uuid FROM v_xml_cdr AS cdr
+             WHERE cdr.domain_uuid > found.domain_uuid ORDER BY cdr.domain_uuid LIMIT 1)
+      FROM found
+     WHERE found.domain_uuid IS NOT NULL
+)
+SELECT coalesce(array_agg(domain_uuid::text), '{}') AS uuids
+  FROM found
+ WHERE domain_uuid <> ALL(%(known)s::uuid[]);
+
 -- name: distinct_calls
 -- The rows of {own_calls} where nothing keeps a key from being stored twice: one of each
 -- key, the one that ends last, or is the longest of those. So lists, pages and sums speak of the same calls.

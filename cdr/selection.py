@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from psycopg import sql
 
-from cdr.database import PooledConnection
+from cdr.database import PooledConnection, run
 from cdr.parsing import Parser, integer_between, list_of, parse_flag, parse_uuid
 from cdr.statements import STATEMENTS, can_hold, mogrify, show_text
 
@@ -92,6 +92,7 @@ class Domains:
     names: Sequence[str | None] = ()  # of the uuids
     lone_names: Sequence[str | None] = ()  # those that no other domain bears
     everything: bool = False
+    strays: Sequence[str] | None = None  # of everything: the uuids of deleted domains, where they have been looked for
     named: bool = False  # whether the request names them
     chosen_uuids: Sequence[str] | None = None  # of all that the token was made for
     newest_grant: int | None = None  # of the account's grants, when all of them count
@@ -110,7 +111,7 @@ class Domains:
     def statement(self, connection: PooledConnection) -> str:
         """Of queries.sql: what selects their calls, in the connection's transaction."""
         if self.everything:
-            return "calls_of_all"
+            return "calls_of_all" if self.strays is None else "calls_of_all_in_parts"
         if len(self.uuids) != 1:
             return "calls_of_domains"
         if not (self.lone_names and connection.nameless):
@@ -120,8 +121,8 @@ class Domains:
     def parameters(self) -> dict[str, Any]:
         return {
             "domain_uuid": self.uuids[0] if len(self.uuids) == 1 else None,
-            "domain_uuids": list(self.uuids),
-            "domain_names": list(self.names),
+            "domain_uuids": [*self.uuids, *(self.strays or ())],
+            "domain_names": [*self.names, *[None] * len(self.strays or ())],
             "lone_names": list(self.lone_names),
             "lone_name": self.lone_names[0] if len(self.lone_names) == 1 else None,
         }
@@ -213,7 +214,7 @@ class Selection:
         Of what was written since the last poll there is little: to look for it in
         windows would read everything once more.
         """
-        several = len(self.domains.uuids) > 1 and not self.domains.everything
+        several = len(self.domains.uuids) > 1 or self.domains.everything
         return several and self.possible and self.part == "dated" and self.low is None
 
     @property
@@ -278,6 +279,13 @@ def find_next_key(connection: PooledConnection, page: Selection) -> Key | None:
     return None
 
 
+def find_parts(connection: PooledConnection, domains: Domains) -> Domains:
+    """The same domains, such that an index on domain_uuid serves them."""
+    if not domains.everything:
+        return domains
+    return replace(domains, strays=run(connection, "find_strays", known=list(domains.uuids))[0]["uuids"])
+
+
 def find_page(connection: PooledConnection, page: Selection) -> tuple[Selection, Key | None]:
     """The page, as narrow as can be, and its find_next_key.
 
@@ -286,11 +294,12 @@ def find_page(connection: PooledConnection, page: Selection) -> tuple[Selection,
     double until one holds more than the page. What ends at the edge or later comes
     after all of the page, so nothing is passed over.
     """
-    if page.fills_windows:
+    if page.fills_windows and connection.indexed:
         with suppress(ValueError, OverflowError):  # -infinity, or beyond the year 9999
             start, width, now = datetime.fromisoformat(page.after[0] or ""), FIRST_WINDOW, datetime.now(UTC)
+            domains = find_parts(connection, page.domains)
             while start + width < now:
-                narrow = replace(page, by="end", end=start + width)
+                narrow = replace(page, domains=domains, by="end", end=start + width)
                 keys = find_keys(connection, replace(narrow, limit=2, offset=(page.limit or 0) - 1))
                 if len(keys) == 2:
                     return narrow, keys[0]

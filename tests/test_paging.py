@@ -15,7 +15,7 @@ from psycopg.rows import dict_row
 
 import cdr_api
 from cdr.check_calls import find_plan
-from cdr.selection import FILTERS, FIRST_UUID, Domains, Selection, Source, compose_select
+from cdr.selection import FILTERS, FIRST_UUID, LAST_UUID, Domains, Selection, Source, compose_select
 from tests.conftest import Client, Database, DatabaseMaker, problem
 
 ALPHA_UUID = "00000000-0000-4000-8000-0000000000aa"
@@ -239,9 +239,12 @@ def test_a_release_that_adds_filters_and_fields_resets_no_cursor(
         assert client.send("GET", next_link(response) or "").status_code == 200
 
 
+@pytest.mark.parametrize("everything", [False, True], ids=["two domains", "everything"])
 @pytest.mark.parametrize("limit", [1, 3, 50, 5000])
-def test_pages_of_several_domains_are_all_of_their_calls_in_order(make_database: DatabaseMaker, limit: int) -> None:
-    """Over gaps of years, equal stamps, the far future, infinity and calls without an end."""
+def test_pages_of_several_domains_are_all_of_their_calls_in_order(
+    make_database: DatabaseMaker, limit: int, *, everything: bool
+) -> None:
+    """Over gaps of years, equal stamps, the far future, infinity, calls without an end, and of no domain."""
     database = make_database(index=True)
     seconds = [0, 0, 0, 1, 3599, 3600, 3600, 7200, 7201, 100_000, 100_000, 50_000_000, 200_000_000]
     for number, second in enumerate(seconds * (1 if limit == 1 else 3)):
@@ -253,18 +256,24 @@ def test_pages_of_several_domains_are_all_of_their_calls_in_order(make_database:
         )
     for end in ("2040-01-01 00:00Z", "infinity", None):
         database.insert_call(end_stamp=end, domain_name="beta.example.com")
-    client = database.client(database.account("alpha.example.com", "beta.example.com"))
-    where = {"from": "2019-01-01", "fields": "xml_cdr_uuid"}
-    whole = [call["xml_cdr_uuid"] for call in client.get("/api/call_feed", **where).get_json()]
+    for number in range(0 if limit == 50 else 8):  # of two domains that are no more, and of none; or not
+        uuid = [ALPHA_UUID, LAST_UUID, FIRST_UUID, None][number % 4]
+        stamp = f"2019-01-01 0{number}:30:00+00"
+        database.insert_call(end_stamp=stamp, domain_uuid=uuid, domain_name="gamma.example.com")
+    names = ["alpha.example.com", "beta.example.com"]
+    client = database.client(database.account(*names, all_domains=everything))
+    where = {"from": "2019-01-01", "fields": "xml_cdr_uuid,domain_name"}
+    whole = client.get("/api/call_feed", **where).get_json()
     expected = database.execute(
-        "SELECT xml_cdr_uuid::text FROM v_xml_cdr WHERE domain_name <> 'gamma.example.com'"
-        " ORDER BY end_stamp NULLS LAST, xml_cdr_uuid"
+        "SELECT xml_cdr_uuid::text FROM v_xml_cdr WHERE %s OR domain_name <> 'gamma.example.com'"
+        " ORDER BY end_stamp NULLS LAST, xml_cdr_uuid",
+        [everything],
     )
-    assert whole == [uuid for (uuid,) in expected]
-    found: list[str] = []
+    assert [call["xml_cdr_uuid"] for call in whole] == [uuid for (uuid,) in expected]
+    found: list[dict[str, str]] = []
     response = client.get("/api/call_feed", limit=limit, **where)
     while len(found) < len(whole):
-        page = [call["xml_cdr_uuid"] for call in response.get_json()]
+        page = response.get_json()
         assert len(page) <= limit
         found += page
         response = client.send("GET", next_link(response) or "")
