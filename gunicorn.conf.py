@@ -147,14 +147,20 @@ class PatientConnection(gunicorn.workers.gthread.TConn):  # type: ignore[misc]
     def wait_for_data(self, timeout: float) -> bool:
         return bool(super().wait_for_data(min(timeout, 0.05)))
 
+    def init(self) -> None:
+        """Comes before each request of the connection, whose time begins with its first byte."""
+        super().init()
+        unreader = getattr(self.parser, "unreader", None)
+        if isinstance(unreader, TimedUnreader):
+            unreader.deadline = None
+
 
 gunicorn.http.parser.SocketUnreader = TimedUnreader
 gunicorn.workers.gthread.TConn = PatientConnection
 
 
-def post_request(_worker: Worker, parsed: Any, environ: dict[str, Any], response: Any) -> None:
+def post_request(_worker: Worker, _request: Any, environ: dict[str, Any], response: Any) -> None:
     """When the client has the whole answer, or has not got it: the request's line, and its metrics."""
-    parsed.unreader.deadline = None
     if response and "cdr_api.entry" in environ:
         environ["cdr_api.request_log"].close(environ["cdr_api.entry"], response.status_code or 0, response.sent)
 

@@ -212,8 +212,11 @@ def test_each_request_of_a_connection_has_its_own_time(gunicorn: Gunicorn) -> No
     with contextlib.closing(HTTPConnection(address, timeout=60)) as connection:
         connection.connect()
         connection.auto_open = 0  # the same connection, or an error
+        connection.request("POST", "/api/call_lookup", "{}")  # refused before its body is read
+        response = connection.getresponse()
+        assert (response.status, b"bearer token" in response.read()) == (401, True)
         for _ in range(3):
+            dribble(gunicorn, b"GET ")  # for as long as a request may take to arrive
             connection.request("GET", "/api/health")
             response = connection.getresponse()
             assert (response.status, response.read()) == (200, b'{"status":"ok"}\n')
-            dribble(gunicorn, b"GET ")  # for as long as a request may take to arrive
