@@ -128,10 +128,8 @@ def find_named(service: Service, account: Account, naming: Mapping[str, str]) ->
 
 def choose_domains(connection: Connection, account: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """The uuids of an account's domains, each by its name or uuid; ValueError for one that it may not read."""
-    found = run(
-        connection, "find_domains", **{name: account[name] for name in ("account_id", "all_domains")}, chosen_uuids=None
-    )
-    domains = read_domains(found[0], codec_of(connection))
+    values = {"account_id": account["account_id"], "all_domains": account["all_domains"]}
+    domains = read_domains(run(connection, "find_domains", **values, chosen_uuids=None)[0], codec_of(connection))
     chosen: list[str] = []
     for name in names:
         uuids = [uuid for uuid, other in zip(domains.uuids, domains.names, strict=True) if name in (uuid, other)]

@@ -300,9 +300,8 @@ def find_page(connection: PooledConnection, page: Selection) -> tuple[Selection,
             domains = find_parts(connection, page.domains)
             while start + width < now:
                 narrow = replace(page, domains=domains, by="end", end=start + width)
-                keys = find_keys(connection, replace(narrow, limit=2, offset=(page.limit or 0) - 1))
-                if len(keys) == 2:
-                    return narrow, keys[0]
+                if key := find_next_key(connection, narrow):
+                    return narrow, key
                 width *= 2
     return page, find_next_key(connection, page)
 

@@ -86,11 +86,16 @@ def downloads(gunicorn: Gunicorn, token: str, *formats: str) -> Iterator[list[Do
         yield [stack.enter_context(Download(calls_url(gunicorn, format=kind), token)) for kind in formats]
 
 
+def reach(gunicorn: Gunicorn) -> socket.socket:
+    """A connection to the service, for what no HTTP library would send."""
+    parts = urlsplit(gunicorn.url)
+    return socket.create_connection((str(parts.hostname), int(parts.port or 0)), timeout=60)
+
+
 def open_stream(gunicorn: Gunicorn, token: str, buffer: int = 4096, **parameters: Any) -> tuple[socket.socket, bytes]:
     """A client that reads the first bytes of an answer and then stops reading."""
     parts = urlsplit(calls_url(gunicorn, **parameters))
-    client = socket.create_connection((str(parts.hostname), int(parts.port or 0)))
-    client.settimeout(60)
+    client = reach(gunicorn)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     client.sendall(
         f"GET {parts.path}?{parts.query} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()

@@ -10,7 +10,7 @@ from http.client import HTTPConnection
 
 import pytest
 
-from tests.clients import Request, ask, fetch
+from tests.clients import Request, ask, fetch, reach
 from tests.conftest import Database, DatabaseMaker, Gunicorn, serve, wait_for
 from tests.servers import slow
 
@@ -56,8 +56,7 @@ def send(gunicorn: Gunicorn, token: str, request: Request) -> socket.socket:
     """A client that has asked; it reads nothing yet."""
     method, path, body = request
     head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Type: application/json\r\n"
-    client = socket.create_connection(("127.0.0.1", int(gunicorn.url.rpartition(":")[2])))
-    client.settimeout(60)
+    client = reach(gunicorn)
     client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
     return client
 
@@ -175,7 +174,7 @@ def test_a_stream_that_nobody_waits_for_is_cancelled_between_two_rows(make_datab
 
 def dribble(gunicorn: Gunicorn, begin: bytes) -> bytes:
     """The answer to a client that sends a byte now and then, as long as it is listened to."""
-    with socket.create_connection(("127.0.0.1", int(gunicorn.url.rpartition(":")[2]))) as client:
+    with reach(gunicorn) as client:
         client.sendall(begin)
         client.settimeout(0.3)
         while True:
@@ -199,10 +198,9 @@ def test_a_request_that_dribbles_in_is_given_up_in_time(gunicorn: Gunicorn) -> N
 
 
 def test_a_connection_that_asks_nothing_holds_no_thread(gunicorn: Gunicorn) -> None:
-    address = ("127.0.0.1", int(gunicorn.url.rpartition(":")[2]))
     with contextlib.ExitStack() as stack:
         for _ in range(200):
-            stack.enter_context(socket.create_connection(address))
+            stack.enter_context(reach(gunicorn))
         assert fetch(f"{gunicorn.url}/api/health", seconds=10).status_code == 200
 
 

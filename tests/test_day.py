@@ -13,7 +13,6 @@ import json
 import os
 import random
 import signal
-import socket
 import threading
 import time
 import uuid
@@ -27,7 +26,7 @@ import pytest
 
 import demo
 from cdr.accounts import digest_token
-from tests.clients import Answer, Download, fetch
+from tests.clients import Answer, Download, fetch, reach
 from tests.conftest import PASSWORD, PASSWORD_HASH, Gunicorn, serve, wait_for
 from tests.servers import AWAY, Node, own_node
 
@@ -128,11 +127,6 @@ def look(day: Day) -> None:
 # What attackers do, once; none of it brings them anything ------------------------
 
 
-def connect(day: Day) -> socket.socket:
-    host, _, port = day.gunicorn.url.removeprefix("http://").partition(":")
-    return socket.create_connection((host, int(port)), timeout=60)
-
-
 def ask_for(day: Day, path: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {day.attacker}\r\n\r\n".encode()
 
@@ -146,21 +140,21 @@ def add_up_all(day: Day) -> None:
 
 def hang_up(day: Day) -> None:
     """While PostgreSQL works for it."""
-    with connect(day) as client:
+    with reach(day.gunicorn) as client:
         client.sendall(ask_for(day, HEAVY))
         day.over.wait(0.3)
 
 
 def stall(day: Day) -> None:
     """Takes the begin of an export and nothing more."""
-    with connect(day) as client:
+    with reach(day.gunicorn) as client:
         client.sendall(ask_for(day, f"/api/calls?domain_name={ALPHA}"))
         client.recv(100)
         day.over.wait(3)
 
 
 def dribble(day: Day) -> None:
-    with connect(day) as client:
+    with reach(day.gunicorn) as client:
         client.sendall(b"POST /api/login HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
         while not day.over.wait(0.5):
             client.sendall(b"x")

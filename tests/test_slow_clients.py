@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.clients import calls_url, curl, open_stream
+from tests.clients import calls_url, curl, open_stream, reach
 from tests.conftest import Client, Database, DatabaseMaker, Gunicorn, problem, serve, wait_for
 from tests.servers import active_copies, peak_memory, slow
 
@@ -123,8 +122,7 @@ def test_a_slow_reader_above_the_floor_gets_its_whole_answer(large: Database, to
 
 def test_a_body_that_does_not_arrive_is_given_up(large: Database) -> None:
     with serve(large.dsn, CDR_API_CLIENT_TIMEOUT="200ms") as gunicorn:
-        port = int(gunicorn.url.rpartition(":")[2])
-        with socket.create_connection(("127.0.0.1", port)) as client:
+        with reach(gunicorn) as client:
             client.sendall(b"POST /api/login HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
             client.sendall(b"Content-Length: 100\r\n\r\n{")
             client.settimeout(60)
