@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Any
@@ -41,6 +41,7 @@ from cdr import accounts, feed, ranges
 from cdr.accounts import UNAUTHENTICATED, Account
 from cdr.clients import Client
 from cdr.cursors import read_cursor, write_cursor
+from cdr.database import PooledConnection
 from cdr.errors import ApiError, envelope, from_database, refuse, unexpected
 from cdr.parsing import (
     Parsers,
@@ -63,20 +64,21 @@ from cdr.requestlog import Entry, read_address
 from cdr.selection import (
     FIELDS,
     FILTERS,
+    FIRST_WINDOW,
     Domains,
+    Key,
     Selection,
     compose_matching,
     escape_rows,
     find_keys,
-    find_next_key,
-    find_page,
+    find_windows,
     parse_fields,
 )
 from cdr.service import Service
 from cdr.settings import SettingError, Settings
-from cdr.short import SHORT_ROWS, find_short
+from cdr.short import find_short
 from cdr.statements import STATEMENTS, can_hold
-from cdr.stream import FORMATS, CallStream, Format, write_copies, write_rows
+from cdr.stream import FORMATS, CallStream, Format, Rows, copy_calls, copy_page, copy_query
 from cdr_admin import register_commands
 from cdr_metrics import register_metrics
 from cdr_pages import register_pages
@@ -426,10 +428,10 @@ def answer_stream(stream: CallStream, headers: Mapping[str, str]) -> Response:
     return Response(body, 200, headers, content_type=content_type, direct_passthrough=not stream.complete)
 
 
-def answer_short(calls: list[bytes], output: Format) -> Response:
+def answer_short(calls: list[bytes], output: Format, headers: Mapping[str, str]) -> Response:
     """An answer like that of a stream, of calls that are encoded already."""
     entry().rows = len(calls)
-    return Response(output.enclose(calls), content_type=output.content_type)
+    return Response(output.enclose(calls), 200, headers, content_type=output.content_type)
 
 
 def answer_rows(
@@ -448,8 +450,8 @@ def answer_rows(
         if values["csv_safe"]:
             query = escape_rows(query, columns)
         all_parameters = {**selection.parameters(), **(parameters or {})}
-        copy = write_rows(connection, query, all_parameters, output, columns)
-        stream = CallStream(service(), connection, copy, output, list(columns), calls=False)
+        rows = copy_query(connection, query, all_parameters, output, columns)
+        stream = CallStream(service(), connection, rows, output, list(columns), calls=False)
     return answer_stream(stream, {})
 
 
@@ -527,18 +529,31 @@ def answer_calls(values: Mapping[str, Any], selection: Selection) -> Response:
     purpose = [account_id, request.path, sorted(selection.domains.uuids), selection.identity()]
     key = read_cursor(service().secret, purpose, "after", values["after"]) if values["after"] is not None else None
     parts = selection.parts(key, limit)
-    if output.statement == "copy_json" and not selection.may_be_undated:
-        short = find_short(service(), parts[0], fields, values["tz"])
-        if short is not None and len(short) <= (limit or SHORT_ROWS):
-            return answer_short(short, output)
-    headers: dict[str, str] = {}
     _ = limit and service().secret  # before a connection is held: it may take one of its own
+    if output.statement == "copy_json":
+        short = find_short(service(), parts[0], fields, values["tz"])
+        if short:
+            headers = link("after", write_cursor(service().secret, purpose, short.key)) if short.key else {}
+            return answer_short(short.calls, output, headers)
     with service().reading(account_id, client(), sort=selection.needs_sort, zone=values["tz"]) as connection:
-        if limit and (key := find_next_key(connection, parts[0])):
-            headers = link("after", write_cursor(service().secret, purpose, key))
-        query = write_copies(connection, parts, output, fields, csv_safe=bool(values["csv_safe"]))
-        stream = CallStream(service(), connection, query, output, fields)
+        rows, key = read_calls(connection, parts, values, output)
+        stream = CallStream(service(), connection, rows, output, fields)
+    headers = link("after", write_cursor(service().secret, purpose, key)) if key else {}
     return answer_stream(stream, headers)
+
+
+def read_calls(
+    connection: PooledConnection,
+    parts: Sequence[Selection],
+    values: Mapping[str, Any],
+    output: Format,
+    width: timedelta = FIRST_WINDOW,
+) -> tuple[Rows, Key | None]:
+    """The calls of all parts, or a page of the first; and the key that ends it, None if nothing follows."""
+    fields, csv_safe = values["fields"] or FIELDS, bool(values["csv_safe"])
+    if not values["limit"]:
+        return copy_calls(connection, parts, output, fields, csv_safe=csv_safe), None
+    return copy_page(connection, find_windows(connection, parts[0], width), output, fields, csv_safe=csv_safe)
 
 
 @api.get("/domains")
@@ -549,8 +564,8 @@ def domains() -> Response:
     listed = STATEMENTS["select_domains"]
     query = escape_rows(listed, columns) if values["csv_safe"] else listed
     with service().listing(current_account().account_id, client()) as connection:
-        copy = write_rows(connection, query, current_account().domain_parameters(), output, columns)
-        stream = CallStream(service(), connection, copy, output, list(columns), calls=False)
+        rows = copy_query(connection, query, current_account().domain_parameters(), output, columns)
+        stream = CallStream(service(), connection, rows, output, list(columns), calls=False)
     return answer_stream(stream, {})
 
 
@@ -579,15 +594,13 @@ def call_feed() -> Response:
     _ = service().secret  # before a connection is held: it may take one of its own
     with service().reading(account.account_id, client(), sort=True, zone=values["tz"]) as connection:
         window, is_known = feed.read_window(service(), connection, account, selection, horizon, values)
-        parts = window.parts(values["limit"])
-        parts[0], key = find_page(connection, parts[0]) if values["limit"] else (parts[0], None)
-        following = window.following(key)
-        text = write_cursor(service().secret, "feed", asdict(following))
-        headers = {"X-Next-Cursor": text, **link("cursor", text)}
-        if is_known:
-            headers["X-Complete-Through"] = following.through
-        query = write_copies(connection, parts, output, fields, csv_safe=bool(values["csv_safe"]))
-        stream = CallStream(service(), connection, query, output, fields)
+        rows, key = read_calls(connection, window.parts(values["limit"]), values, output, window.width)
+        stream = CallStream(service(), connection, rows, output, fields)
+    following = window.following(key)
+    text = write_cursor(service().secret, "feed", asdict(following))
+    headers = {"X-Next-Cursor": text, **link("cursor", text)}
+    if is_known:
+        headers["X-Complete-Through"] = following.through
     return answer_stream(stream, headers)
 
 
@@ -645,8 +658,8 @@ def call_lookup() -> Response:
         there = {uuid for _, uuid in find_keys(connection, selection)}
         not_found = json.dumps([uuid for uuid in uuids if uuid not in there], separators=(",", ":")).encode()
         output = replace(FORMATS["json"], opening=b'{"calls":[', closing=b'],"not_found":' + not_found + b"}\n")
-        query = write_copies(connection, [selection], output, fields)
-        stream = CallStream(service(), connection, query, output, fields)
+        rows = copy_calls(connection, [selection], output, fields)
+        stream = CallStream(service(), connection, rows, output, fields)
     return answer_stream(stream, {})
 
 

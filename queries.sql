@@ -67,7 +67,32 @@ SELECT has_slot,
 SELECT {columns}
   FROM {matching_calls} AS calls
  ORDER BY CASE WHEN %(part)s = 'dated' THEN calls.end_at END, calls.xml_cdr_uuid
- LIMIT %(limit)s OFFSET %(offset)s;
+ LIMIT %(limit)s;
+
+-- name: select_page
+-- The calls of {query}, which is select_calls with told_stamp and told_uuid, of one more than the page has
+-- (page_size), and read once. Before the fields of each row stands in told whether it is a call ("false": there
+-- is none, and the row is empty) and, where more calls follow, the end stamp and uuid of the page's last call
+-- ("-" for none). undated: a condition, whether calls without an end follow those that have one. whole: only
+-- a full page is wanted, else no call. PostgreSQL keeps the page until it is known what follows,
+-- and the rows come in the order in which they are kept.
+WITH page AS ({query}),
+head AS (
+    SELECT has_more OR NOT %(whole)s AS shown,
+           CASE WHEN has_more THEN (SELECT ' ' || coalesce(told_stamp, '-') || ' ' || told_uuid
+                                      FROM page OFFSET %(page_size)s - 1 LIMIT 1)
+                WHEN NOT %(whole)s AND %(undated)s THEN ' - -' ELSE '' END AS following
+      FROM (SELECT EXISTS (SELECT FROM page OFFSET %(page_size)s) AS has_more OFFSET 0) AS counted
+    OFFSET 0
+)
+SELECT (page.told_uuid IS NOT NULL) || head.following AS told, {columns}
+  FROM head
+  LEFT JOIN page ON head.shown
+ LIMIT %(page_size)s;
+
+-- name: exists
+-- No statement but a condition: {query} has a row.
+EXISTS ({query})
 
 -- name: as_json
 -- A row of {query} is a row here, in one column of JSON. For calls that takes four

@@ -14,7 +14,7 @@ from cdr.cursors import read_cursor
 from cdr.database import Connection, PooledConnection, run, run_planned
 from cdr.errors import ApiError, unavailable
 from cdr.ranges import EARLIEST, clamp, find_edge, find_zone
-from cdr.selection import Domains, Key, Selection
+from cdr.selection import FIRST_WINDOW, Domains, Key, Selection
 from cdr.service import Service
 from cdr.statements import STATEMENTS, mogrify
 
@@ -59,6 +59,7 @@ class FeedCursor:
     floor: tuple[str, int] | None = None
     high: int | None = None
     key: Key | None = None
+    width: float | None = None  # seconds between the first and the last call of the page before
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,14 @@ def check_tables(connection: PooledConnection) -> dict[str, Any]:
     return found
 
 
+def find_width(first: str | None, last: str | None) -> float | None:
+    """The seconds between two instants; None where one is not known."""
+    try:
+        return (datetime.fromisoformat(last or "") - datetime.fromisoformat(first or "")).total_seconds()
+    except ValueError:
+        return None
+
+
 @dataclass(frozen=True)
 class Window:
     """What one poll reads: the calls of a selection that transactions in [low, high) wrote."""
@@ -217,6 +226,11 @@ class Window:
             written = replace(written, possible=False)
         return written.parts(cursor.key and (cursor.key[0], cursor.key[1]), limit)
 
+    @property
+    def width(self) -> timedelta:
+        """In which the next page is looked for: it is likely to be as wide as the one before, or half as wide again."""
+        return timedelta(seconds=self.cursor.width * 1.5) if self.cursor.width else FIRST_WINDOW
+
     def following(self, key: Key | None) -> FeedCursor:
         """The cursor of the next poll: after a key, or (None) after the window, which was delivered whole.
 
@@ -230,7 +244,7 @@ class Window:
         """
         cursor = self.cursor
         if key:
-            return replace(cursor, key=key)
+            return replace(cursor, key=key, width=find_width(cursor.key[0] if cursor.key else None, key[0]))
         high, later = cursor.high or 0, self.snapshot["next"]
         through, pending, floor = cursor.through, cursor.pending, cursor.floor
         if pending and high >= pending[1]:
@@ -245,13 +259,13 @@ class Window:
             floor = None
         instants = [through] if cursor.low is None else [through, cursor.through]
         since = clamp(lambda: min(map(datetime.fromisoformat, instants)) - self.lookback, EARLIEST)
-        if floor:
-            since = min(since, datetime.fromisoformat(floor[0]))
+        since = min(since, datetime.fromisoformat(floor[0])) if floor else since
         return replace(
             cursor,
             low=high,
             high=None,
             key=None,
+            width=None,
             since=since.isoformat(),
             through=through,
             pending=pending,

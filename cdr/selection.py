@@ -159,7 +159,6 @@ class Selection:
     possible: bool = True
     zone: str = "UTC"  # the service's, of stamps without one, as 4.x has
     limit: int | None = None
-    offset: int = 0
 
     @classmethod
     def of(cls, domains: Domains, values: Mapping[str, Any], zone: str, codec: str | None = None) -> Selection:
@@ -222,6 +221,11 @@ class Selection:
         """Whether calls without an end stamp can be among these."""
         return self.by != "end"
 
+    @property
+    def may_be_followed(self) -> bool:
+        """Whether these are a part that calls without an end stamp can follow."""
+        return self.part == "dated" and self.may_be_undated
+
     def source(self, connection: PooledConnection) -> Source:
         """What select_calls reads from, in this connection's transaction."""
         return Source(
@@ -254,11 +258,7 @@ class Selection:
             "low": self.low,
             "high": self.high,
             "limit": self.limit,
-            "offset": self.offset,
         }
-
-
-FIRST_WINDOW = timedelta(hours=1)
 
 
 def find_keys(connection: PooledConnection, selection: Selection) -> list[Key]:
@@ -268,17 +268,6 @@ def find_keys(connection: PooledConnection, selection: Selection) -> list[Key]:
     return [(row["end_stamp"], str(row["xml_cdr_uuid"])) for row in rows]
 
 
-def find_next_key(connection: PooledConnection, page: Selection) -> Key | None:
-    """The key that ends a page of page.limit calls; None if nothing follows."""
-    keys = find_keys(connection, replace(page, limit=2, offset=(page.limit or 0) - 1))
-    if len(keys) == 2:
-        return keys[0]
-    undated = replace(page, limit=1, part="undated", after=(None, None))
-    if page.part == "dated" and page.may_be_undated and find_keys(connection, undated):
-        return (None, None)
-    return None
-
-
 def find_parts(connection: PooledConnection, domains: Domains) -> Domains:
     """The same domains, such that an index on domain_uuid serves them."""
     if not domains.everything:
@@ -286,24 +275,28 @@ def find_parts(connection: PooledConnection, domains: Domains) -> Domains:
     return replace(domains, strays=run(connection, "find_strays", known=list(domains.uuids))[0]["uuids"])
 
 
-def find_page(connection: PooledConnection, page: Selection) -> tuple[Selection, Key | None]:
-    """The page, as narrow as can be, and its find_next_key.
+FIRST_WINDOW = timedelta(hours=1)
+
+
+def find_windows(connection: PooledConnection, page: Selection, width: timedelta = FIRST_WINDOW) -> list[Selection]:
+    """The calls among which a page may be found, fewer first; the last are all that are left.
 
     No index brings the calls of several domains in their order: without an upper
     edge each page would sort all that is left. So it is looked for in windows that
     double until one holds more than the page. What ends at the edge or later comes
-    after all of the page, so nothing is passed over.
+    after all of the page, so nothing is passed over. width: of the first window.
     """
+    widths: list[timedelta] = []
     if page.fills_windows and connection.indexed:
         with suppress(ValueError, OverflowError):  # -infinity, or beyond the year 9999
-            start, width, now = datetime.fromisoformat(page.after[0] or ""), FIRST_WINDOW, datetime.now(UTC)
-            domains = find_parts(connection, page.domains)
+            start, now = datetime.fromisoformat(page.after[0] or ""), datetime.now(UTC)
             while start + width < now:
-                narrow = replace(page, domains=domains, by="end", end=start + width)
-                if key := find_next_key(connection, narrow):
-                    return narrow, key
+                widths.append(width)
                 width *= 2
-    return page, find_next_key(connection, page)
+    if not widths:
+        return [page]
+    narrow = replace(page, domains=find_parts(connection, page.domains), by="end")
+    return [*(replace(narrow, end=start + width) for width in widths), page]
 
 
 # Statements -------------------------------------------------------------------
@@ -389,6 +382,19 @@ def compose_select(
 def compose_copy(statement: str, fields: tuple[str, ...], source: Source, *, csv_safe: bool = False) -> str:
     """The COPY of some fields of the selected calls, by copy_json or copy_csv."""
     query = sql.SQL(compose_select(fields, source, escaped_column if csv_safe else plain_column))
+    return compose_rows(statement, query, [name for name in fields if name in STRINGS]).as_string()
+
+
+@functools.lru_cache(maxsize=256)
+def compose_page(statement: str, fields: tuple[str, ...], source: Source, *, csv_safe: bool = False) -> str:
+    """The COPY of a page: the same with what select_page tells of it before the fields of each row."""
+    column = escaped_column if csv_safe else plain_column
+    told = [sql.SQL("calls.end_stamp AS told_stamp"), sql.SQL("calls.xml_cdr_uuid AS told_uuid")]
+    page = STATEMENTS["select_calls"].format(
+        columns=sql.SQL(", ").join([*told, *map(column, fields)]), matching_calls=compose_matching(source)
+    )
+    columns = sql.SQL(", ").join(sql.Identifier("page", name) for name in fields)
+    query = STATEMENTS["select_page"].format(query=page, columns=columns)
     return compose_rows(statement, query, [name for name in fields if name in STRINGS]).as_string()
 
 

@@ -8,14 +8,15 @@ which makes an answer of it, or the right error.
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import sql
 
 from cdr.database import LOOKUP_SECONDS, PooledConnection, prepare, select_before_commit
-from cdr.selection import Selection, Source, compose_select, typed_column
+from cdr.selection import Key, Selection, Source, compose_select, typed_column
 from cdr.service import Service, compose_begin, set_encoding
 from cdr.statements import STATEMENTS, decode, find_placeholders, mogrify, number_placeholders
 
@@ -26,7 +27,7 @@ SHORT_BYTES = 64 * 1024
 # What takes longer is not going to be short.
 SHORT_MILLISECONDS = 250
 # Parameters whose values stand in the text, as do NULL, true and false: the plan depends on them.
-PLANNED = ("by", "part", "limit", "offset")
+PLANNED = ("by", "part", "limit")
 
 
 @functools.lru_cache(maxsize=256)
@@ -70,11 +71,17 @@ def execute_short(
     return [decode(call, service.calls.codec) for call in calls]
 
 
-def find_short(
-    service: Service, selection: Selection, fields: tuple[str, ...], zone: str | None = None
-) -> list[bytes] | None:
-    """The calls of a request, each as JSON; None if they are not few, or that is not known at once."""
-    if not selection.possible or len(selection.domains.uuids) != 1:
+class Short(NamedTuple):
+    """The calls of a request, each as JSON, and the key that ends the page if more follow."""
+
+    calls: list[bytes]
+    key: Key | None = None
+
+
+def find_short(service: Service, page: Selection, fields: tuple[str, ...], zone: str | None = None) -> Short | None:
+    """The calls of a request or of its page; None if they are not few, or that is not known at once."""
+    size = min(page.limit or SHORT_ROWS, SHORT_ROWS)
+    if not page.possible or len(page.domains.uuids) != 1 or (page.may_be_followed and page.limit != size):
         return None
     with service.calls.connection() as connection:
         # The first PostgreSQL with plan_cache_mode is 12.
@@ -82,10 +89,22 @@ def find_short(
             return None
         connection.silence_seconds = service.settings.statement_timeout / 1000 + LOOKUP_SECONDS
         try:
-            calls = execute_short(service, connection, replace(selection, limit=SHORT_ROWS + 1), fields, zone)
+            calls = execute_short(service, connection, replace(page, limit=size + 1), fields, zone)
         except psycopg.Error as error:
             if connection.closed:
                 raise
             service.note_fallback("select_calls", error)
             return None
-    return calls if len(calls) <= SHORT_ROWS and sum(map(len, calls)) <= SHORT_BYTES else None
+    return judge(calls, page, size, fields)
+
+
+def judge(calls: list[bytes], page: Selection, size: int, fields: tuple[str, ...]) -> Short | None:
+    """The answer that the first size + 1 calls of a page are, if they are one."""
+    if len(calls) <= size:
+        short = None if page.may_be_followed else Short(calls)
+    elif page.limit == size and {"end_stamp", "xml_cdr_uuid"} <= set(fields):
+        last = json.loads(calls[size - 1])
+        short = Short(calls[:size], (last["end_stamp"], last["xml_cdr_uuid"]))
+    else:
+        short = None
+    return short if sum(map(len, calls)) <= SHORT_BYTES else None

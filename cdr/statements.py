@@ -40,7 +40,12 @@ ODD = re.compile("[\udc80-\udcff]")
 
 
 def write_literal(connection: psycopg.Connection[Any], value: Any) -> str:
-    """A value as a literal; bytes that read_text could not read are the same bytes in it again."""
+    """A value as a literal; bytes that read_text could not read are the same bytes in it again.
+
+    What is composed already, a part of the statement that is made for this request, stays as it is.
+    """
+    if isinstance(value, sql.Composable):
+        return value.as_string(connection)
     if isinstance(value, list) and any(isinstance(one, str) and ODD.search(one) for one in value):
         return f"ARRAY[{', '.join(write_literal(connection, one) for one in value)}]"
     if isinstance(value, str) and ODD.search(value):

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psycopg
@@ -18,9 +19,9 @@ from psycopg import sql
 from cdr.clients import Client, ClientBudget
 from cdr.database import Database, PooledConnection, copy_batches
 from cdr.errors import ApiError
-from cdr.selection import Selection, compose_copy, compose_rows
+from cdr.selection import Key, Selection, compose_copy, compose_page, compose_rows, compose_select
 from cdr.service import Service, set_encoding
-from cdr.statements import decode, mogrify
+from cdr.statements import STATEMENTS, decode, mogrify
 
 log = logging.getLogger("cdr_api")
 
@@ -37,6 +38,8 @@ ESCAPES = {control: b"\\u%04x" % control for control in range(32)} | {
 }
 CELL = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[^\x7f"]+', re.DOTALL)
 
+# Rows of COPY, some at a time.
+Rows = Iterator[list[memoryview]]
 # Makes bytes of some rows of COPY; the second is what stands before the first row.
 Encode = Callable[[list[memoryview], bytes], bytes]
 
@@ -116,11 +119,12 @@ FORMATS = {
 class CallStream:
     """The body of an answer: an iterator of chunks that owns a connection.
 
-    The first chunk is read at once, so that a statement that fails does so
-    before the headers are sent. The closing bracket is part of the last chunk,
-    which is made after PostgreSQL reported success; complete says so. When
-    anything fails before, the connection to the client is cut. close(), at any
-    time, cancels what runs and gives the connection back to its pool.
+    The rows are those of COPY, in the connection's transaction. The first chunk
+    is read at once, so that a statement that fails does so before the headers are
+    sent. The closing bracket is part of the last chunk, which is made after
+    PostgreSQL reported success; complete says so. When anything fails before, the
+    connection to the client is cut. close(), at any time, cancels what runs and
+    gives the connection back to its pool.
 
     An answer that is not complete with its first chunk is a long one: it needs
     a slot of its worker (else ApiError 503) and one of the account's (else 429).
@@ -130,7 +134,7 @@ class CallStream:
         self,
         service: Service,
         connection: PooledConnection,
-        query: bytes,
+        rows: Rows,
         output: Format,
         fields: Sequence[str],
         *,
@@ -144,7 +148,7 @@ class CallStream:
         self.service = service
         self.connection = connection
         encode = output.encoder(fields, output.separator)
-        self.chunks = self.read(copy_batches(connection, query), encode)
+        self.chunks = self.read(rows, encode)
         self.first: bytes | None = next(self.chunks, b"")
         self.budget = ClientBudget(service.settings, connection.watch.client if connection.watch else Client())
         if self.complete:
@@ -155,7 +159,7 @@ class CallStream:
             connection.watch.take_slot()
         self.owned = True
 
-    def read(self, batches: Iterator[list[memoryview]], encode: Encode) -> Generator[bytes]:
+    def read(self, batches: Rows, encode: Encode) -> Generator[bytes]:
         chunk = b""
         try:
             for rows in batches:
@@ -191,32 +195,90 @@ class CallStream:
         self.chunks.close()
 
 
-def write_copies(
+def copy_calls(
     connection: PooledConnection,
     parts: Sequence[Selection],
     output: Format,
     fields: tuple[str, ...],
     *,
     csv_safe: bool = False,
-) -> bytes:
-    """The query for the calls of all parts, which ends the transaction."""
+) -> Rows:
+    """The calls of all parts, by a query that ends the transaction."""
     copy = compose_copy(output.statement, fields, parts[0].source(connection), csv_safe=csv_safe)
     copies = [mogrify(connection, copy, part.parameters() | {"header": part is parts[0]}) for part in parts]
-    return finish(connection.home, b";".join(copies))
+    return copy_batches(connection, finish(connection.home, b";".join(copies)))
 
 
-def write_rows(
+def copy_query(
     connection: PooledConnection,
     query: sql.Composable,
     parameters: Mapping[str, Any],
     output: Format,
     columns: Mapping[str, bool],
-) -> bytes:
-    """The query for the rows of a statement, which ends the transaction. columns: of each whether it is text."""
+) -> Rows:
+    """The rows of a statement, by a query that ends the transaction. columns: of each whether it is text."""
     strings = [name for name, is_text in columns.items() if is_text]
     copy = compose_rows(output.statement, query, strings).as_string()
-    return finish(connection.home, mogrify(connection, copy, {**parameters, "header": True}))
+    return copy_batches(connection, finish(connection.home, mogrify(connection, copy, {**parameters, "header": True})))
 
 
-def finish(database: Database, copies: bytes) -> bytes:
-    return set_encoding(database).encode() + copies + b";COMMIT"
+def finish(database: Database, copies: bytes, *, commit: bool = True) -> bytes:
+    return set_encoding(database).encode() + copies + (b";COMMIT" if commit else b"")
+
+
+# Pages ------------------------------------------------------------------------
+
+
+def copy_page(
+    connection: PooledConnection,
+    windows: Sequence[Selection],
+    output: Format,
+    fields: tuple[str, ...],
+    *,
+    csv_safe: bool = False,
+) -> tuple[Rows, Key | None]:
+    """The calls of a page, of the first window that holds more of them, or else the last; and the key that ends it.
+
+    The key is None if nothing follows. The last window's query ends the transaction.
+    """
+
+    def copy(window: Selection, *, is_last: bool) -> tuple[Rows, Key | None]:
+        page = compose_page(output.statement, fields, window.source(connection), csv_safe=csv_safe)
+        query = mogrify(connection, page, page_parameters(connection, window) | {"header": True, "whole": not is_last})
+        return read_told(copy_batches(connection, finish(connection.home, query, commit=is_last)), output)
+
+    for window in windows[:-1]:
+        rows, key = copy(window, is_last=False)
+        if key:
+            return rows, key
+        deque(rows, maxlen=0)
+    return copy(windows[-1], is_last=True)
+
+
+def page_parameters(connection: PooledConnection, page: Selection) -> dict[str, Any]:
+    """Those of compose_page for a page."""
+    size = page.limit or 0
+    undated: sql.Composable = sql.SQL("false")
+    if page.may_be_followed:
+        part = replace(page, part="undated", after=(None, None), limit=1)
+        select = mogrify(connection, compose_select(("xml_cdr_uuid",), part.source(connection)), part.parameters())
+        undated = STATEMENTS["exists"].format(query=sql.SQL(select.decode()))
+    return {**replace(page, limit=size + 1).parameters(), "page_size": size, "undated": undated}
+
+
+def read_told(batches: Rows, output: Format) -> tuple[Rows, Key | None]:
+    """The rows of select_page without the column that tells of the page; and the key that it tells."""
+    batch, first = next(batches), output.header_rows
+    told = bytes(batch[first]).partition(b"," if output.statement == "copy_csv" else DEL)[0]
+    has_calls, *key = told.decode().split(" ")
+    header = [row[len("told,") :] for row in batch[:first]]
+
+    def cut() -> Rows:
+        calls = batch[first:] if has_calls == "true" else []
+        if found := header + [row[len(told) + 1 :] for row in calls]:
+            yield found
+        for rows in batches:
+            yield [row[len(told) + 1 :] for row in rows]
+
+    stamp, uuid = (None if word == "-" else word for word in key) if key else (None, None)
+    return cut(), (stamp, uuid) if key else None

@@ -186,13 +186,13 @@ from cdr.clients import Client
 from cdr.selection import Domains, Selection
 from cdr.service import Service
 from cdr.settings import Settings
-from cdr.stream import FORMATS, CallStream, write_copies
+from cdr.stream import FORMATS, CallStream, copy_calls
 
 service = Service(Settings.from_environ({{"CDR_API_DSN": {database.dsn!r}, "CDR_API_SYSLOG": "off"}}))
 with service.reading(0, Client(), sort=True) as connection:
     selection = Selection(Domains(everything=True))
-    query = write_copies(connection, [selection], FORMATS["csv"], ("billsec",))
-    stream = CallStream(service, connection, query, FORMATS["csv"], ("billsec",))
+    rows = copy_calls(connection, [selection], FORMATS["csv"], ("billsec",))
+    stream = CallStream(service, connection, rows, FORMATS["csv"], ("billsec",))
 print(b"".join(stream).count(b"\\n"))
 service.close()
 """

@@ -16,7 +16,7 @@ from psycopg.rows import dict_row
 import cdr_api
 from cdr.check_calls import find_plan
 from cdr.selection import FILTERS, FIRST_UUID, LAST_UUID, Domains, Selection, Source, compose_select
-from tests.conftest import Client, Database, DatabaseMaker, problem
+from tests.conftest import Client, Database, DatabaseMaker, problem, wait_for
 
 ALPHA_UUID = "00000000-0000-4000-8000-0000000000aa"
 
@@ -225,6 +225,35 @@ def test_a_page_far_back_reads_no_more_of_the_index_than_the_first(
         return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
 
     assert count_blocks("2026-01-01 05:00Z") <= count_blocks("2026-01-01 00:00Z") + 5
+
+
+@pytest.mark.direct  # PgBouncer's sessions go on
+@pytest.mark.parametrize(
+    ("path", "parameters"),
+    [
+        ("/api/calls", {"domain_name": "alpha.example.com"}),
+        ("/api/call_range", {"domain_name": "alpha.example.com", "from": "2020-01-01", "to": "2030-01-01"}),
+        ("/api/calls", {"domain_name": "alpha.example.com", "direction": "inbound", "format": "csv"}),
+        ("/api/call_feed", {"from": "2020-01-01"}),
+    ],
+)
+def test_a_page_reads_the_table_once(make_database: DatabaseMaker, path: str, parameters: dict[str, str]) -> None:
+    """Where no index leads to it, to read it once more for what follows would double its time."""
+    database = make_database(calls=300)
+
+    def count_scans() -> int:
+        ((scans,),) = database.execute("SELECT seq_scan FROM pg_stat_user_tables WHERE relname = 'v_xml_cdr'")
+        return int(scans)
+
+    before = count_scans()
+    app = database.app()
+    response = database.client(database.account("alpha.example.com"), app).get(path, limit=5, **parameters)
+    assert response.status_code == 200
+    assert next_link(response)
+    app.extensions["cdr_api"].close()  # a session tells what it has read when it ends
+    sessions = "SELECT FROM pg_stat_activity WHERE usename = 'cdr_api' AND datname = current_database()"
+    wait_for(lambda: not database.execute(sessions))
+    assert count_scans() == before + 1
 
 
 def test_a_release_that_adds_filters_and_fields_resets_no_cursor(
