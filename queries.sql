@@ -100,22 +100,23 @@ EXISTS ({query})
 -- parse and plan all the columns takes longest.
 SELECT row_to_json(found)::text AS found FROM ({query}) AS found;
 
--- name: run_short
--- A transaction like that of {begin}, for the EXECUTE of calls as_json. That is
--- planned once, for all values, and given up where it turns out not to be quick.
--- EXECUTE sees a snapshot that is older than its own locks: without the LOCK before
--- it, a table that was being rewritten would look empty.
-{begin};
-{encoding}SET LOCAL plan_cache_mode = force_generic_plan;
-SET LOCAL statement_timeout = %(timeout)s;
-{execute};
+-- name: begin_short
+-- Opens the transaction of a short answer. It reads by one statement, whose snapshot PostgreSQL
+-- takes after it has locked the table, so it needs neither one for all nor the lock of begin_read.
+-- It is given up where it turns out not to be quick.
+BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY;
+
+-- name: set_timeout
+SET LOCAL statement_timeout = {timeout};
+
+-- name: set_time_zone
+SET LOCAL TimeZone = {time_zone};
+
+-- name: commit
 COMMIT;
 
 -- name: prepare
 PREPARE {name} AS {query};
-
--- name: execute
-EXECUTE {name} ({values});
 
 -- name: execute_planned
 EXECUTE {name};
@@ -425,6 +426,16 @@ SELECT pg_backend_pid() AS pid, indexed, epochs_indexed,
            AND NOT EXISTS (SELECT FROM indexes WHERE indisunique AND indisvalid AND indpred IS NULL
                               AND columns && ARRAY['uuid', 'xml_cdr_uuid']) AS doubled
   FROM served;
+
+-- name: set_session
+-- For as long as a connection has a server process of its own: what begin_read sets for others.
+-- Calls as_json are planned once, for all values.
+SELECT set_config('enable_sort', 'off', false),
+       set_config('random_page_cost', '1.1', false),
+       set_config('row_security', 'off', false),
+       set_config('DateStyle', 'ISO', false),
+       set_config('extra_float_digits', '1', false),
+       set_config('plan_cache_mode', 'force_generic_plan', false);
 
 -- name: probe_calls
 -- No row; an error where calls cannot be read.

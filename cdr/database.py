@@ -39,6 +39,7 @@ AWAY_SECONDS = 0.1
 # So many statements are prepared on a connection: each takes PostgreSQL half a megabyte.
 MOST_PREPARED = 10
 WATCH_MILLISECONDS = 100  # while nothing comes, an answer's watch looks around so often
+BEGIN_SHORT, COMMIT = (STATEMENTS[name].as_string().encode() for name in ("begin_short", "commit"))
 BATCH_BYTES = 32 * 1024  # of COPY output; larger batches leave the processor's cache
 
 Connection = psycopg.Connection[dict[str, Any]]
@@ -65,6 +66,7 @@ class PooledConnection(Connection):
     home: Database  # whose pool it belongs to
     # The name of each statement that is prepared on it, by its text; None: there must be none.
     prepared: dict[str, str] | None = None
+    plans_once = False  # whether these are planned once for all values
 
     def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
         if self.watch:
@@ -129,9 +131,9 @@ def codec_of(connection: Connection) -> str | None:
 class Database:
     """The connections of one worker to one server, opened at first use.
 
-    At first use and not before, so that no connection is shared over a fork.
-    Nothing is set for longer than a transaction, and statements are prepared on
-    the server only where it is ours alone, so that PgBouncer may pool transactions.
+    At first use and not before, so that no connection is shared over a fork. So
+    that PgBouncer may pool transactions, nothing is set for longer than one and no
+    statement is prepared unless the server process is ours alone.
     """
 
     def __init__(self, dsn: str, settings: Settings) -> None:
@@ -169,7 +171,12 @@ class Database:
         found = run(connection, "examine_session")[0]
         for name in ("indexed", "epochs_indexed", "probed", "lockable", "doubled"):
             setattr(connection, name, found[name])
-        connection.prepared = {} if found["pid"] == connection.info.backend_pid else None
+        is_own = found["pid"] == connection.info.backend_pid
+        # The first PostgreSQL with plan_cache_mode is 12.
+        if is_own and connection.info.server_version >= 120000:
+            run(connection, "set_session")
+            connection.plans_once = True
+        connection.prepared = {} if is_own else None
 
     @contextmanager
     def connection(self) -> Iterator[PooledConnection]:
@@ -311,12 +318,38 @@ def select_prepared(connection: PooledConnection, name: str, parameters: Sequenc
     return first_column(check_results(connection.wait(generators.execute(connection.pgconn))))
 
 
-def select_before_commit(connection: PooledConnection, query: bytes) -> list[bytes]:
-    """The only column of the last SELECT in a query of several statements that ends with COMMIT."""
-    connection.pgconn.send_query(query)
-    results: list[pq.abc.PGresult] = connection.wait(generators.execute(connection.pgconn))
+def select_short(
+    connection: PooledConnection, settings: Sequence[bytes], name: str, parameters: Sequence[bytes]
+) -> list[bytes]:
+    """The only column of a prepared statement's rows, in one round trip with a transaction of its own.
+
+    settings: statements that come before it. Raises psycopg.Error if one of them fails.
+    """
+    pgconn = connection.pgconn
+    pgconn.enter_pipeline_mode()
+    try:
+        for statement in (BEGIN_SHORT, *settings):
+            pgconn.send_query_params(statement, None)
+        pgconn.send_query_prepared(name.encode(), parameters)
+        pgconn.send_query_params(COMMIT, None)
+        pgconn.pipeline_sync()
+        results = connection.wait(read_pipeline(pgconn))
+        pgconn.exit_pipeline_mode()
+    except BaseException:
+        connection.close()  # in the middle of a pipeline it is of no more use
+        raise
     check_results(results)
-    return first_column(results[-2])
+    return first_column(results[len(settings) + 1])
+
+
+def read_pipeline(pgconn: pq.abc.PGconn) -> PQGen[list[pq.abc.PGresult]]:
+    """The results of a pipeline's statements, when all of it is done."""
+    found = yield from generators.execute(pgconn)
+    results = list(found)
+    while found[-1].status != pq.ExecStatus.PIPELINE_SYNC:
+        found = yield from generators.fetch_many(pgconn)
+        results += found
+    return results
 
 
 def first_column(result: pq.abc.PGresult) -> list[bytes]:

@@ -173,11 +173,13 @@ def check_rows(connection: Connection, cursor: FeedCursor, selection: Selection,
     joined = [tables["root"]] if cursor.table != tables["root"] else attached
     if joined and run(connection, "find_older_rows", tables=joined, low=low)[0]["found"]:
         gone(cursor.since, "A table with older calls has become a part of v_xml_cdr since this cursor was made")
+    marks = find_marks(selection.domains)
+    if marks == list(cursor.names):
+        return
     names = [] if selection.domains.everything else selection.domains.lone_names
     new = [name for name in names if not set(find_marks(Domains(lone_names=[name]))) <= set(cursor.names)]
-    changed = find_marks(selection.domains) != list(cursor.names)
     find_nameless = mogrify(connection, STATEMENTS["find_nameless"].as_string(), {"names": new})
-    if changed and new and connection.execute(find_nameless).fetchall()[0]["found"]:
+    if new and connection.execute(find_nameless).fetchall()[0]["found"]:
         gone(cursor.since, "A domain has been given the name of older calls that have no domain_uuid")
 
 
@@ -223,7 +225,7 @@ class Window:
             low = str(cursor.low % 2**32)
         written = replace(self.selection.ending_since(since), low=low, high=str((cursor.high or 0) % 2**32))
         if cursor.low == cursor.high:  # no transaction has ended meanwhile: nothing needs to be looked at
-            written = replace(written, possible=False)
+            written = replace(written, possible=False, domains=Domains())
         return written.parts(cursor.key and (cursor.key[0], cursor.key[1]), limit)
 
     @property

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg import sql
 
-from cdr.database import LOOKUP_SECONDS, PooledConnection, prepare, select_before_commit
+from cdr.database import LOOKUP_SECONDS, PooledConnection, prepare, select_short
 from cdr.selection import Key, Selection, Source, compose_select, typed_column
-from cdr.service import Service, compose_begin, set_encoding
-from cdr.statements import STATEMENTS, decode, find_placeholders, mogrify, number_placeholders
+from cdr.service import Service
+from cdr.statements import STATEMENTS, decode, find_placeholders, number_placeholders, write_array
 
 # So many calls are made JSON by PostgreSQL; more of them COPY brings in less time.
 SHORT_ROWS = 20
@@ -39,36 +39,38 @@ def compose_short(
     return number_placeholders(query, given, {name: sql.Literal(value).as_string() for name, value in fixed})
 
 
-@functools.lru_cache(maxsize=256)
-def compose_run_short(name: str, given: tuple[str, ...], encoding: str) -> str:
-    """run_short for a prepared statement."""
-    placeholders = sql.SQL(", ").join(map(sql.Placeholder, given))
-    execute = STATEMENTS["execute"].format(name=sql.Identifier(name), values=placeholders)
-    return (
-        STATEMENTS["run_short"]
-        .format(begin=compose_begin(lockable=True), encoding=sql.SQL(encoding), execute=execute)
-        .as_string()
-    )
+def encode(value: Any, codec: str | None) -> bytes:
+    """A value as the text of a parameter, in the encoding of the database that holds it."""
+    text = write_array(value) if isinstance(value, list) else str(value)
+    return text.encode(codec or "utf-8", "surrogateescape")
 
 
 def execute_short(
     service: Service, connection: PooledConnection, selection: Selection, fields: tuple[str, ...], zone: str | None
 ) -> list[bytes]:
     """The rows of compose_short, in one round trip and without planning again; psycopg.Error if that fails."""
-    source = selection.source(connection)
+    source, codec = selection.source(connection), service.calls.codec
     used = find_placeholders(compose_select(fields, source, typed_column))
     parameters = {name: value for name, value in selection.parameters().items() if name in used}
     fixed = {
         name: value for name, value in parameters.items() if name in PLANNED or value is None or isinstance(value, bool)
     }
-    given = tuple(name for name in parameters if name not in fixed)
-    query = compose_short(fields, source, tuple(fixed.items()), given)
-    name = prepare(connection, query)
-    timeout = min(SHORT_MILLISECONDS, service.settings.statement_timeout)
-    parameters = {**parameters, **service.reading_parameters(sort=False, zone=zone), "timeout": timeout}
-    query = compose_run_short(name, given, set_encoding(service.calls))
-    calls = select_before_commit(connection, mogrify(connection, query, parameters))
-    return [decode(call, service.calls.codec) for call in calls]
+    given = [name for name in parameters if name not in fixed]
+    name = prepare(connection, compose_short(fields, source, tuple(fixed.items()), tuple(given)))
+    values = [encode(parameters[name], codec) for name in given]
+    settings = write_settings(service, connection, zone or service.time_zone)
+    return [decode(call, codec) for call in select_short(connection, settings, name, values)]
+
+
+def write_settings(service: Service, connection: PooledConnection, zone: str) -> list[bytes]:
+    """The statements that set what the transaction of a short answer needs."""
+    timeout = sql.Literal(min(SHORT_MILLISECONDS, service.settings.statement_timeout))
+    settings: list[sql.Composable] = [STATEMENTS["set_timeout"].format(timeout=timeout)]
+    if zone != connection.info.parameter_status("TimeZone"):
+        settings.append(STATEMENTS["set_time_zone"].format(time_zone=sql.Literal(zone)))
+    if service.calls.codec:
+        settings.append(STATEMENTS["set_encoding"].format(encoding=sql.Literal(service.calls.encoding)))
+    return [setting.as_string(connection).encode() for setting in settings]
 
 
 class Short(NamedTuple):
@@ -84,8 +86,7 @@ def find_short(service: Service, page: Selection, fields: tuple[str, ...], zone:
     if not page.possible or len(page.domains.uuids) != 1 or (page.may_be_followed and page.limit != size):
         return None
     with service.calls.connection() as connection:
-        # The first PostgreSQL with plan_cache_mode is 12.
-        if connection.prepared is None or not connection.indexed or connection.info.server_version < 120000:
+        if not (connection.plans_once and connection.indexed):
             return None
         connection.silence_seconds = service.settings.statement_timeout / 1000 + LOOKUP_SECONDS
         try:

@@ -46,12 +46,21 @@ def write_literal(connection: psycopg.Connection[Any], value: Any) -> str:
     """
     if isinstance(value, sql.Composable):
         return value.as_string(connection)
-    if isinstance(value, list) and any(isinstance(one, str) and ODD.search(one) for one in value):
-        return f"ARRAY[{', '.join(write_literal(connection, one) for one in value)}]"
-    if isinstance(value, str) and ODD.search(value):
-        quoted = value.replace("\\", "\\\\").replace("'", "''")
-        return "E'" + ODD.sub(lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", quoted) + "'"
-    return sql.Literal(value).as_string(connection)
+    if isinstance(value, list) and not all(isinstance(one, str | None) for one in value):
+        return sql.Literal(value).as_string(connection)
+    text = write_array(value) if isinstance(value, list) else value
+    if not (isinstance(text, str) and ODD.search(text)):
+        return sql.Literal(text).as_string(connection)
+    quoted = text.replace("\\", "\\\\").replace("'", "''")
+    return "E'" + ODD.sub(lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", quoted) + "'"
+
+
+def write_array(texts: list[str | None]) -> str:
+    """Texts as PostgreSQL reads an array of them. By psycopg, an element at a time, it takes several times as long."""
+    joined = "".join(filter(None, texts))
+    if "\\" in joined or '"' in joined:
+        texts = [text and text.replace("\\", "\\\\").replace('"', '\\"') for text in texts]
+    return "{" + ",".join(["NULL" if text is None else f'"{text}"' for text in texts]) + "}"
 
 
 def mogrify(connection: psycopg.Connection[Any], statement: str, parameters: Mapping[str, Any]) -> bytes:
