@@ -53,9 +53,24 @@ def settings() -> Settings:
 
 @contextmanager
 def transaction() -> Iterator[Connection]:
-    """A connection of its own, in a transaction: all of a command, or nothing."""
+    """A connection to the side tables, in a transaction: all of a command, or nothing."""
+    with connect(settings().accounts_dsn or settings().dsn) as connection:
+        yield connection
+
+
+@contextmanager
+def fusionpbx() -> Iterator[Connection]:
+    """A connection to FusionPBX's database, where the domains are."""
     with connect(settings().dsn) as connection:
         yield connection
+
+
+def name_domains(uuids: Iterable[str]) -> dict[str, str]:
+    """The names of domains by their uuids; a uuid that no domain has stands for itself."""
+    listed = list(uuids)
+    with fusionpbx() as connection:
+        codec, found = codec_of(connection), run(connection, "find_names", domain_uuids=listed)
+    return {uuid: uuid for uuid in listed} | {row["domain_uuid"]: show_name(row["name"], codec) for row in found}
 
 
 def show_email(email: str) -> str:
@@ -87,6 +102,12 @@ def read_new_password(email: str, from_stdin: bool) -> str:
     return password
 
 
+def find_uuids(name: str) -> list[str]:
+    """Of the domains that have a name, or of the one that has it as its uuid."""
+    with fusionpbx() as connection:
+        return [row["domain_uuid"] for row in run(connection, "find_uuids", domain_names=[name])]
+
+
 def change_grants(connection: Connection, account: Mapping[str, Any], domains: Iterable[str], *, grant: bool) -> None:
     """Grants or revokes domains by name or uuid; "*" stands for all of them, also those to come.
 
@@ -102,7 +123,12 @@ def change_grants(connection: Connection, account: Mapping[str, Any], domains: I
     elif account["all_domains"] and not grant:
         raise click.ClickException("this account may read all domains: revoke '*' first, then grant single ones")
     for name in sorted(names - {"*"}):
-        if not run(connection, "upsert_grants" if grant else "delete_grants", **values, domain_names=[name]):
+        uuids = find_uuids(name)
+        if grant:
+            changed = run(connection, "upsert_grants", **values, domain_uuids=uuids)
+        else:  # by uuid also that of a domain that is no more
+            changed = run(connection, "delete_grants", **values, domain_uuids=[*uuids, name])
+        if not changed:
             raise click.ClickException(f"there is no {'domain' if grant else 'grant for'} {name}")
 
 
@@ -144,7 +170,8 @@ def add_user(email: str, name: str, domains: Sequence[str], all_domains: bool, p
 def list_users() -> None:
     """Show every account with what it may read."""
     with transaction() as connection:
-        rows, codec = run(connection, "select_accounts"), codec_of(connection)
+        rows = run(connection, "select_accounts")
+    names = name_domains(uuid for row in rows for uuid in row["domain_uuids"])
     print_table(
         ("ID", "E-MAIL", "NAME", "DOMAINS", "TOKENS", "STATE"),
         (
@@ -152,9 +179,7 @@ def list_users() -> None:
                 row["account_id"],
                 show_email(row["email"]),
                 row["name"],
-                "*"
-                if row["all_domains"]
-                else ", ".join(show_name(name, codec) for name in row["domain_names"]) or None,
+                "*" if row["all_domains"] else ", ".join(sorted(names[uuid] for uuid in row["domain_uuids"])) or None,
                 row["tokens"],
                 "disabled" if row["disabled"] else "enabled",
             )
@@ -244,10 +269,10 @@ def delete(email: str) -> None:
 @one_line_errors
 def create_token(email: str, days: int | None, domains: Sequence[str], networks: Sequence[str]) -> None:
     """Make a token and print it, this once, alone on standard output."""
-    with transaction() as connection:
+    with transaction() as connection, fusionpbx() as other:
         account = find_account(connection, email)
         try:
-            uuids = accounts.choose_domains(connection, account, domains) if domains else None
+            uuids = accounts.choose_domains(connection, other, account, domains) if domains else None
             clients = [str(ipaddress.ip_network(network)) for network in networks] or None
         except ValueError as error:
             raise click.ClickException(str(error)) from None
@@ -266,7 +291,7 @@ def list_tokens(email: str | None) -> None:
     with transaction() as connection:
         account_id = find_account(connection, email)["account_id"] if email else None
         rows = run(connection, "select_tokens", account_id=account_id)
-        codec = codec_of(connection)
+    names = name_domains(uuid for row in rows for uuid in row["domain_uuids"] or ())
     print_table(
         ("ID", "E-MAIL", "CREATED", "LAST USED", "EXPIRES", "DOMAINS", "FROM"),
         (
@@ -274,7 +299,7 @@ def list_tokens(email: str | None) -> None:
                 row["token_id"],
                 show_email(row["email"]),
                 *(row[name] for name in ("created_at", "last_used_at", "expires_at")),
-                ", ".join(show_name(name, codec) for name in row["domain_names"]) if row["has_chosen"] else None,
+                None if row["domain_uuids"] is None else ", ".join(sorted(names[uuid] for uuid in row["domain_uuids"])),
                 ", ".join(row["networks"]) if row["networks"] else None,
             )
             for row in rows

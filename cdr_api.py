@@ -330,7 +330,7 @@ def read_naming() -> dict[str, str]:
     for name, value in query_pairs():
         if name == "domain_uuid" and is_uuid(value):
             return {name: value}
-        if name == "domain_name" and value and can_hold(service().accounts.codec, value) and "\0" not in value:
+        if name == "domain_name" and value and can_hold(service().domains.codec, value) and "\0" not in value:
             return {name: value}
     return {}
 
@@ -561,7 +561,7 @@ def read_calls(
 def domains() -> Response:
     values = read_query(FORMAT)
     output, columns = choose_format(values), {"domain_uuid": True, "domain_name": True}
-    listed = STATEMENTS["select_domains"]
+    listed = accounts.compose_listing("select_domains", apart=service().is_apart)
     query = escape_rows(listed, columns) if values["csv_safe"] else listed
     with service().listing(current_account().account_id, client()) as connection:
         rows = copy_query(connection, query, current_account().domain_parameters(), output, columns)
@@ -719,5 +719,6 @@ def answer_intervals(statement: str, columns: Mapping[str, bool]) -> Response:
 def health() -> dict[str, str]:
     read_query({})
     service().accounts.rows("probe_accounts")
+    service().domains.rows("probe_domains")
     service().calls.rows("probe_calls")
     return {"status": "ok"}

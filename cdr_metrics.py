@@ -78,9 +78,8 @@ def register_metrics(app: Flask, service: Service) -> None:
     """Counts every request, and serves the counts."""
 
     def look_at_pools(response: Response) -> Response:
-        count_connections("accounts", service.accounts)
-        if service.calls is not service.accounts:
-            count_connections("calls", service.calls)
+        for name, database in service.databases.items():
+            count_connections(name, database)
         return response
 
     def metrics() -> Response:

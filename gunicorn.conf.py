@@ -66,11 +66,17 @@ def when_ready(server: Arbiter) -> None:
 
     Says once, in one line, if a database cannot be reached. Serving goes on: it may come back.
     """
-    for variable, dsn in (("CDR_API_DSN", settings.dsn), ("CDR_API_CALLS_DSN", settings.calls_dsn)):
+    dsns = {
+        "CDR_API_ACCOUNTS_DSN": settings.accounts_dsn,
+        "CDR_API_DSN": settings.dsn,
+        "CDR_API_CALLS_DSN": settings.calls_dsn,
+    }
+    for variable, dsn in dsns.items():
         try:
             if dsn:
                 with psycopg.connect(dsn, connect_timeout=5) as connection:
-                    cdr.service.zone_at_start = connection.info.parameter_status("TimeZone") or ""
+                    if variable != "CDR_API_ACCOUNTS_DSN":
+                        cdr.service.zone_at_start = connection.info.parameter_status("TimeZone") or ""
         except psycopg.Error as error:
             reason = " ".join(str(error).split())
             server.log.error(

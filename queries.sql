@@ -5,7 +5,8 @@
 -- in a comment. A name in braces, {columns}, is put in by the program from its
 -- own closed lists, never from a request. v_xml_cdr and v_domains are
 -- FusionPBX's tables, found by search_path; the side tables of schema.sql are
--- always written with their schema, cdr_api.
+-- always written with their schema, cdr_api. They may be in another database than
+-- v_domains: only grants_beside and what it is put into need both in one.
 
 
 -- Calls ----------------------------------------------------------------------
@@ -667,31 +668,40 @@ SELECT trim('"' FROM to_json(%(from)s::timestamptz + i * %(step)s * interval '1 
 
 -- Domains --------------------------------------------------------------------
 
+-- name: grants_beside
+-- No statement but a table: the grants of an account, where the side tables are in the database of v_domains.
+(SELECT domain_uuid, grant_id FROM cdr_api.grants WHERE account_id = {account_id})
+
+-- name: grants_given
+-- The same where they are in another database, which has been asked before (by authenticate_apart).
+(SELECT domain_uuid, %(newest_grant)s::bigint AS grant_id
+   FROM unnest(%(granted)s::uuid[]) AS granted (domain_uuid))
+
 -- name: find_domains
 -- One row: the domains that the account may read (with a token that was made for some, chosen_uuids,
 -- no others), as uuids and their names; of the
--- names those that no other domain bears; and the newest of the account's grants. Names of
+-- names those that no other domain bears; and the newest of the account's {grants}. Names of
 -- domains leave the database as their bytes in hex, for they may not be text.
 SELECT array_agg(domain_uuid::text ORDER BY domain_uuid) FILTER (WHERE readable) AS uuids,
        array_agg(name ORDER BY domain_uuid) FILTER (WHERE readable) AS names,
        array_agg(name ORDER BY domain_uuid) FILTER (WHERE readable AND bearers = 1) AS lone_names,
-       (SELECT max(g.grant_id) FROM cdr_api.grants AS g WHERE g.account_id = %(account_id)s) AS newest_grant
+       (SELECT max(g.grant_id) FROM {grants} AS g) AS newest_grant
   FROM (SELECT encode(convert_to(d.domain_name, getdatabaseencoding()), 'hex') AS name, d.domain_uuid, count(*) OVER (PARTITION BY d.domain_name) AS bearers,
                (%(all_domains)s OR g.domain_uuid IS NOT NULL)
                    AND (%(chosen_uuids)s::uuid[] IS NULL OR d.domain_uuid = ANY(%(chosen_uuids)s::uuid[])) AS readable
           FROM v_domains AS d
-          LEFT JOIN cdr_api.grants AS g
-            ON g.domain_uuid = d.domain_uuid AND g.account_id = %(account_id)s) AS domains;
+          LEFT JOIN {grants} AS g
+            ON g.domain_uuid = d.domain_uuid) AS domains;
 
 -- name: find_named_domains
 -- One row: the domains of a name (FusionPBX does not keep it unique), as a list of
--- uuid, name (its bytes in hex), and whether it is granted to the account.
+-- uuid, name (its bytes in hex), and whether it is among the account's {grants}.
 SELECT coalesce(json_agg(json_build_object('uuid', d.domain_uuid,
                                            'name', encode(convert_to(d.domain_name, getdatabaseencoding()), 'hex'),
                                            'granted', g.domain_uuid IS NOT NULL)), '[]') AS named
   FROM v_domains AS d
-  LEFT JOIN cdr_api.grants AS g
-    ON g.domain_uuid = d.domain_uuid AND g.account_id = {account_id}
+  LEFT JOIN {grants} AS g
+    ON g.domain_uuid = d.domain_uuid
  WHERE d.domain_name = {name}
 
 -- name: name_of_domain
@@ -703,10 +713,25 @@ SELECT coalesce(json_agg(json_build_object('uuid', d.domain_uuid,
 SELECT d.domain_uuid::text AS domain_uuid, d.domain_name
   FROM v_domains AS d
  WHERE (%(all_domains)s
-        OR EXISTS (SELECT FROM cdr_api.grants AS g
-                    WHERE g.domain_uuid = d.domain_uuid AND g.account_id = %(account_id)s))
+        OR d.domain_uuid IN (SELECT g.domain_uuid FROM {grants} AS g))
    AND (%(chosen_uuids)s::uuid[] IS NULL OR d.domain_uuid = ANY(%(chosen_uuids)s::uuid[]))
  ORDER BY d.domain_name, d.domain_uuid;
+
+-- name: find_uuids
+-- One row is a domain that has one of some names, or one of them as its uuid.
+SELECT domain_uuid::text AS domain_uuid
+  FROM v_domains
+ WHERE domain_name = ANY(%(domain_names)s) OR domain_uuid::text = ANY(%(domain_names)s);
+
+-- name: find_names
+-- One row is a domain of some uuids; its name as its bytes in hex.
+SELECT domain_uuid::text AS domain_uuid, encode(convert_to(domain_name, getdatabaseencoding()), 'hex') AS name
+  FROM v_domains
+ WHERE domain_uuid = ANY(%(domain_uuids)s::uuid[]);
+
+-- name: probe_domains
+-- No row; an error where domains cannot be read.
+SELECT FROM v_domains LIMIT 0;
 
 
 -- Accounts and tokens --------------------------------------------------------
@@ -722,13 +747,17 @@ RETURNING account_id, name, email, all_domains,
           to_char(updated_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS updated_at;
 
 -- name: upsert_grants
--- One row is a domain that is now granted; a name or uuid that no domain has gives none.
+-- One row is a domain that is now granted.
 INSERT INTO cdr_api.grants (account_id, domain_uuid)
-SELECT %(account_id)s, d.domain_uuid
-  FROM v_domains AS d
- WHERE d.domain_name = ANY(%(domain_names)s) OR d.domain_uuid::text = ANY(%(domain_names)s)
+SELECT %(account_id)s, domain_uuid FROM unnest(%(domain_uuids)s::uuid[]) AS granted (domain_uuid)
     ON CONFLICT (account_id, domain_uuid) DO UPDATE SET domain_uuid = EXCLUDED.domain_uuid
 RETURNING domain_uuid;
+
+-- name: find_grants
+-- One row: the uuids of an account's domains, and the newest of its grants.
+SELECT coalesce(array_agg(domain_uuid::text ORDER BY domain_uuid), '{{}}') AS granted, max(grant_id) AS newest_grant
+  FROM cdr_api.grants
+ WHERE account_id = {account_id};
 
 -- name: find_account
 -- The account of an address, or no row.
@@ -769,6 +798,12 @@ SELECT t.token_id, t.account_id, a.all_domains, t.domain_uuids AS chosen_uuids, 
 SELECT token.*, named.named
   FROM ({authenticate}) AS token
  CROSS JOIN LATERAL ({find_named_domains}) AS named;
+
+-- name: authenticate_apart
+-- The row of {authenticate}, and the account's grants by {find_grants}.
+SELECT token.*, grants.*
+  FROM ({authenticate}) AS token
+ CROSS JOIN LATERAL ({find_grants}) AS grants;
 
 -- name: touch_token
 UPDATE cdr_api.tokens SET last_used_at = now() WHERE token_id = %(token_id)s;
@@ -842,13 +877,9 @@ SELECT value FROM cdr_api.secrets WHERE name = %(name)s;
 -- Commands -------------------------------------------------------------------
 
 -- name: select_accounts
--- One row is an account with the names of its domains and its live tokens.
+-- One row is an account with the uuids of its domains and the number of its live tokens.
 SELECT a.account_id, a.email, a.name, a.all_domains, a.disabled_at IS NOT NULL AS disabled,
-       ARRAY(SELECT encode(convert_to(coalesce(d.domain_name, g.domain_uuid::text), getdatabaseencoding()), 'hex')
-               FROM cdr_api.grants AS g
-               LEFT JOIN v_domains AS d USING (domain_uuid)
-              WHERE g.account_id = a.account_id
-              ORDER BY coalesce(d.domain_name, g.domain_uuid::text)) AS domain_names,
+       ARRAY(SELECT g.domain_uuid::text FROM cdr_api.grants AS g WHERE g.account_id = a.account_id) AS domain_uuids,
        (SELECT count(*)
           FROM cdr_api.tokens AS t
          WHERE t.account_id = a.account_id
@@ -860,12 +891,10 @@ SELECT a.account_id, a.email, a.name, a.all_domains, a.disabled_at IS NOT NULL A
 UPDATE cdr_api.accounts SET all_domains = %(all_domains)s, updated_at = now() WHERE account_id = %(account_id)s;
 
 -- name: delete_grants
--- One row is a grant that is gone. By uuid also that of a domain that is no more.
-DELETE FROM cdr_api.grants AS g
- WHERE g.account_id = %(account_id)s
-   AND (g.domain_uuid::text = ANY(%(domain_names)s)
-        OR g.domain_uuid IN (SELECT d.domain_uuid FROM v_domains AS d WHERE d.domain_name = ANY(%(domain_names)s)))
-RETURNING g.domain_uuid;
+-- One row is a grant that is gone.
+DELETE FROM cdr_api.grants
+ WHERE account_id = %(account_id)s AND domain_uuid::text = ANY(%(domain_uuids)s)
+RETURNING domain_uuid;
 
 -- name: delete_all_grants
 DELETE FROM cdr_api.grants WHERE account_id = %(account_id)s;
@@ -882,12 +911,8 @@ UPDATE cdr_api.accounts
 DELETE FROM cdr_api.accounts WHERE account_id = %(account_id)s;
 
 -- name: select_tokens
--- One row is a token of an account, or of any account (NULL); domain_names as in select_accounts.
-SELECT t.token_id, a.email, t.networks::text[] AS networks, t.domain_uuids IS NOT NULL AS has_chosen,
-       ARRAY(SELECT encode(convert_to(coalesce(d.domain_name, chosen.uuid::text), getdatabaseencoding()), 'hex')
-               FROM unnest(t.domain_uuids) AS chosen (uuid)
-               LEFT JOIN v_domains AS d ON d.domain_uuid = chosen.uuid
-              ORDER BY coalesce(d.domain_name, chosen.uuid::text)) AS domain_names,
+-- One row is a token of an account, or of any account (NULL); domain_uuids: those that it was made for.
+SELECT t.token_id, a.email, t.networks::text[] AS networks, t.domain_uuids::text[] AS domain_uuids,
        to_char(t.created_at, 'YYYY-MM-DD HH24:MI:SSTZH:TZM') AS created_at,
        to_char(t.last_used_at, 'YYYY-MM-DD HH24:MI:SSTZH:TZM') AS last_used_at,
        to_char(t.expires_at, 'YYYY-MM-DD HH24:MI:SSTZH:TZM') AS expires_at
@@ -1014,6 +1039,19 @@ SELECT pg_is_in_recovery() AS in_recovery,
 
 -- name: try_time_zone
 SELECT set_config('TimeZone', %(time_zone)s, true);
+
+-- name: find_publications
+-- One row is a publication or subscription that replicates side tables of this database, or
+-- would; are_here: whether it has any.
+SELECT format('publication %%s', p.pubname) AS name, to_regclass('cdr_api.accounts') IS NOT NULL AS are_here
+  FROM pg_publication AS p
+ WHERE p.puballtables
+    OR EXISTS (SELECT FROM pg_publication_tables AS t WHERE t.pubname = p.pubname AND t.schemaname = 'cdr_api')
+ UNION ALL
+SELECT DISTINCT format('subscription %%s', s.subname), true
+  FROM pg_stat_subscription AS s
+  JOIN pg_subscription_rel AS r ON r.srsubid = s.subid
+  JOIN pg_class AS c ON c.oid = r.srrelid AND c.relnamespace = to_regnamespace('cdr_api');
 
 -- name: find_version
 -- One row, made by schema.sql.

@@ -6,6 +6,13 @@
 -- It may be run again at any time (after an upgrade of this program it should
 -- be): it changes only what is missing. It touches nothing of FusionPBX's but
 -- the rights to read two of its tables. Needs PostgreSQL 11 or newer.
+--
+-- The side tables may be in a database of their own (CDR_API_ACCOUNTS_DSN). What is to
+-- be made is then said before, in the same session, by -c "SET cdr_api.side_tables = 'WORD'":
+--     only    in that database: the side tables, and nothing of FusionPBX's is needed
+--     none    in FusionPBX's database: everything but the side tables
+-- Without that word they are made beside FusionPBX's tables, unless a publication would
+-- replicate them: on two nodes with rows of their own that would stop FusionPBX's replication.
 
 BEGIN;
 
@@ -35,64 +42,93 @@ END $$;
 
 CREATE SCHEMA IF NOT EXISTS cdr_api;
 
-CREATE TABLE IF NOT EXISTS cdr_api.accounts (
-    account_id    integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    name          text NOT NULL,
-    email         text NOT NULL,                       -- as it was written
-    email_key     text NOT NULL UNIQUE,                -- as it is compared
-    password_hash text NOT NULL,
-    all_domains   boolean NOT NULL DEFAULT false,
-    disabled_at   timestamptz,
-    created_at    timestamptz NOT NULL DEFAULT now(),
-    updated_at    timestamptz NOT NULL DEFAULT now()
-);
+DO $$
+DECLARE
+  wanted text := coalesce(nullif(current_setting('cdr_api.side_tables', true), ''), 'beside');
+  publication text := (SELECT min(pubname) FROM pg_publication WHERE puballtables);
+BEGIN
+  IF wanted NOT IN ('beside', 'only', 'none') THEN
+    RAISE EXCEPTION 'cdr_api.side_tables must be only or none, not %', wanted;
+  ELSIF wanted = 'beside' AND to_regclass('cdr_api.accounts') IS NULL AND publication IS NOT NULL THEN
+    RAISE WARNING 'No side tables are made here, since the publication % takes all tables of this database.', publication
+      USING HINT = 'Put them into a database of their own: docs/clusters.md.';
+    RETURN;
+  ELSIF wanted = 'none' THEN
+    RETURN;
+  END IF;
 
--- By domain_uuid: when FusionPBX renames a domain the grant goes with it, and
--- nobody inherits a grant by taking a name that was free again.
-CREATE TABLE IF NOT EXISTS cdr_api.grants (
-    account_id  integer NOT NULL REFERENCES cdr_api.accounts ON DELETE CASCADE,
-    domain_uuid uuid NOT NULL,
-    PRIMARY KEY (account_id, domain_uuid)
-);
--- Grows with each grant: a cursor of the feed that knows the newest sees that one was added.
-ALTER TABLE cdr_api.grants ADD COLUMN IF NOT EXISTS grant_id bigint GENERATED ALWAYS AS IDENTITY;
+  CREATE TABLE IF NOT EXISTS cdr_api.accounts (
+      account_id    integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+      name          text NOT NULL,
+      email         text NOT NULL,                       -- as it was written
+      email_key     text NOT NULL UNIQUE,                -- as it is compared
+      password_hash text NOT NULL,
+      all_domains   boolean NOT NULL DEFAULT false,
+      disabled_at   timestamptz,
+      created_at    timestamptz NOT NULL DEFAULT now(),
+      updated_at    timestamptz NOT NULL DEFAULT now()
+  );
 
--- Only the SHA-256 digest of a token is kept.
-CREATE TABLE IF NOT EXISTS cdr_api.tokens (
-    token_id     integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    account_id   integer NOT NULL REFERENCES cdr_api.accounts ON DELETE CASCADE,
-    digest       bytea NOT NULL UNIQUE,
-    created_at   timestamptz NOT NULL DEFAULT now(),
-    last_used_at timestamptz,                          -- true to the hour
-    expires_at   timestamptz                           -- NULL: never
-);
-ALTER TABLE cdr_api.tokens ADD COLUMN IF NOT EXISTS domain_uuids uuid[];  -- NULL: all that the account may read
-ALTER TABLE cdr_api.tokens ADD COLUMN IF NOT EXISTS networks cidr[];      -- of its clients; NULL: any
-CREATE INDEX IF NOT EXISTS tokens_account_id ON cdr_api.tokens (account_id);
+  -- By domain_uuid: when FusionPBX renames a domain the grant goes with it, and
+  -- nobody inherits a grant by taking a name that was free again.
+  CREATE TABLE IF NOT EXISTS cdr_api.grants (
+      account_id  integer NOT NULL REFERENCES cdr_api.accounts ON DELETE CASCADE,
+      domain_uuid uuid NOT NULL,
+      PRIMARY KEY (account_id, domain_uuid)
+  );
+  -- Grows with each grant: a cursor of the feed that knows the newest sees that one was added.
+  ALTER TABLE cdr_api.grants ADD COLUMN IF NOT EXISTS grant_id bigint GENERATED ALWAYS AS IDENTITY;
 
--- Keys that sign what clients hand back (paging cursors).
-CREATE TABLE IF NOT EXISTS cdr_api.secrets (
-    name  text PRIMARY KEY,
-    value bytea NOT NULL
-);
+  -- Only the SHA-256 digest of a token is kept.
+  CREATE TABLE IF NOT EXISTS cdr_api.tokens (
+      token_id     integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+      account_id   integer NOT NULL REFERENCES cdr_api.accounts ON DELETE CASCADE,
+      digest       bytea NOT NULL UNIQUE,
+      created_at   timestamptz NOT NULL DEFAULT now(),
+      last_used_at timestamptz,                          -- true to the hour
+      expires_at   timestamptz                           -- NULL: never
+  );
+  ALTER TABLE cdr_api.tokens ADD COLUMN IF NOT EXISTS domain_uuids uuid[];  -- NULL: all that the account may read
+  ALTER TABLE cdr_api.tokens ADD COLUMN IF NOT EXISTS networks cidr[];      -- of its clients; NULL: any
+  CREATE INDEX IF NOT EXISTS tokens_account_id ON cdr_api.tokens (account_id);
 
--- Logins by account and by client address, and registrations by client address, of
--- which only the SHA-256 digests are kept: counted before they are made. A login is
--- taken out again if it was right.
-CREATE TABLE IF NOT EXISTS cdr_api.attempts (
-    key      bytea PRIMARY KEY,
-    failures integer NOT NULL DEFAULT 1,
-    next_at  timestamptz NOT NULL DEFAULT clock_timestamp()  -- no attempt before this
-);
-CREATE INDEX IF NOT EXISTS attempts_next_at ON cdr_api.attempts (next_at);
+  -- Keys that sign what clients hand back (paging cursors).
+  CREATE TABLE IF NOT EXISTS cdr_api.secrets (
+      name  text PRIMARY KEY,
+      value bytea NOT NULL
+  );
 
--- That requests arrive in another way than they should, for flask check.
-DROP TABLE IF EXISTS cdr_api.notices;  -- its name before version 3
-CREATE TABLE IF NOT EXISTS cdr_api.warnings (
-    name    text PRIMARY KEY,
-    text    text NOT NULL,
-    seen_at timestamptz NOT NULL DEFAULT now()         -- true to the hour
-);
+  -- Logins by account and by client address, and registrations by client address, of
+  -- which only the SHA-256 digests are kept: counted before they are made. A login is
+  -- taken out again if it was right.
+  CREATE TABLE IF NOT EXISTS cdr_api.attempts (
+      key      bytea PRIMARY KEY,
+      failures integer NOT NULL DEFAULT 1,
+      next_at  timestamptz NOT NULL DEFAULT clock_timestamp()  -- no attempt before this
+  );
+  CREATE INDEX IF NOT EXISTS attempts_next_at ON cdr_api.attempts (next_at);
+
+  -- That requests arrive in another way than they should, for flask check.
+  DROP TABLE IF EXISTS cdr_api.notices;  -- its name before version 3
+  CREATE TABLE IF NOT EXISTS cdr_api.warnings (
+      name    text PRIMARY KEY,
+      text    text NOT NULL,
+      seen_at timestamptz NOT NULL DEFAULT now()         -- true to the hour
+  );
+
+  -- With a key, as every table here: without one PostgreSQL refuses to change it where a
+  -- publication takes all tables.
+  CREATE TABLE IF NOT EXISTS cdr_api.version (version integer NOT NULL);
+  IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = 'cdr_api.version'::regclass AND contype = 'p') THEN
+    ALTER TABLE cdr_api.version ADD PRIMARY KEY (version);
+  END IF;
+  INSERT INTO cdr_api.version VALUES (5) ON CONFLICT DO NOTHING;
+  DELETE FROM cdr_api.version WHERE version <> 5;
+
+  GRANT SELECT, INSERT, UPDATE, DELETE
+     ON cdr_api.accounts, cdr_api.grants, cdr_api.tokens, cdr_api.secrets, cdr_api.attempts, cdr_api.warnings TO cdr_api;
+  GRANT SELECT ON cdr_api.version TO cdr_api;
+END $$;
 
 -- Who holds the feed back: the transaction that was the first of those still
 -- running to write. As its owner, since others may not see whose it is; it tells
@@ -138,21 +174,17 @@ $$;
 REVOKE ALL ON FUNCTION cdr_api.timeline(), cdr_api.timeline_end(integer, integer) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION cdr_api.timeline(), cdr_api.timeline_end(integer, integer) TO cdr_api;
 
-CREATE TABLE IF NOT EXISTS cdr_api.version (version integer NOT NULL);
-DELETE FROM cdr_api.version;
-INSERT INTO cdr_api.version VALUES (4);
-
 REVOKE ALL ON SCHEMA cdr_api FROM PUBLIC;
 GRANT USAGE ON SCHEMA cdr_api TO cdr_api;
-GRANT SELECT, INSERT, UPDATE, DELETE
-   ON cdr_api.accounts, cdr_api.grants, cdr_api.tokens, cdr_api.secrets, cdr_api.attempts, cdr_api.warnings TO cdr_api;
-GRANT SELECT ON cdr_api.version TO cdr_api;
 
 -- Of FusionPBX's own tables: reading these two, and nothing else. A CDR archive
 -- need not have v_domains: the names of domains are read beside the accounts.
-GRANT SELECT ON v_xml_cdr TO cdr_api;
 DO $$
 BEGIN
+  IF current_setting('cdr_api.side_tables', true) = 'only' THEN
+    RETURN;
+  END IF;
+  GRANT SELECT ON v_xml_cdr TO cdr_api;
   IF to_regclass('v_domains') IS NOT NULL THEN
     GRANT SELECT ON v_domains TO cdr_api;
   ELSE

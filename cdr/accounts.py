@@ -35,8 +35,9 @@ UNAUTHENTICATED = {"WWW-Authenticate": "Bearer"}
 class Account:
     """Who asks: the account of the presented token.
 
-    With it, in one round trip, the domains that bear the name that the request
-    names, or that the domain of the uuid has: each with uuid, name and granted.
+    With it the domains that bear the name that the request names, or that the
+    domain of the uuid has: each with uuid, name and granted. In one round trip, or
+    in two where the side tables are apart; then with its grants, too.
     """
 
     account_id: int
@@ -44,6 +45,8 @@ class Account:
     all_domains: bool
     chosen_uuids: Sequence[str] | None = None  # of the domains that the token was made for; None: all of the account
     named: Sequence[Mapping[str, Any]] = ()
+    granted: Sequence[str] | None = None  # the uuids of its domains, where the side tables are apart
+    newest_grant: int | None = None  # of these
 
     @property
     def reads_everything(self) -> bool:
@@ -58,7 +61,8 @@ class Account:
     def domain_parameters(self) -> dict[str, Any]:
         """Those of the statements that list its domains."""
         chosen = None if self.chosen_uuids is None else list(self.chosen_uuids)
-        return {"account_id": self.account_id, "all_domains": self.all_domains, "chosen_uuids": chosen}
+        given = {"granted": self.granted, "newest_grant": self.newest_grant}
+        return {"account_id": self.account_id, "all_domains": self.all_domains, "chosen_uuids": chosen, **given}
 
 
 def digest_token(token: str) -> bytes:
@@ -70,12 +74,13 @@ def authenticate(service: Service, token: str, naming: Mapping[str, str], addres
 
     naming is the domain_name or domain_uuid of the request, or empty.
     """
-    found = find_token(service, digest_token(token), naming)
+    found = find_token(service, digest_token(token), {} if service.is_apart else naming)
     if not found or not is_within(address, found.pop("networks")):
         return None
     if found.pop("stale"):
         touch_token(service, found["token_id"])
-    return Account(**found)
+    account = Account(**found)
+    return find_named(service, account, naming) if service.is_apart and naming else account
 
 
 def is_within(address: str | None, networks: Sequence[str] | None) -> bool:
@@ -91,7 +96,7 @@ def is_within(address: str | None, networks: Sequence[str] | None) -> bool:
 
 def find_token(service: Service, digest: bytes, naming: Mapping[str, str]) -> dict[str, Any] | None:
     parameters: dict[str, Any] = {"digest": digest, **naming}
-    query = compose_authenticate(next(iter(naming), None))
+    query = compose_authenticate(next(iter(naming), None), apart=service.is_apart)
     with service.accounts.connection() as connection:
         if connection.prepared is None:
             row = connection.execute(query, parameters).fetchone()
@@ -104,32 +109,62 @@ def find_token(service: Service, digest: bytes, naming: Mapping[str, str]) -> di
 
 
 @functools.cache
-def compose_authenticate(naming: str | None) -> str:
+def compose_authenticate(naming: str | None, *, apart: bool) -> str:
     """The statement that find_token runs, for a domain by its domain_name or domain_uuid, or for none."""
     query: sql.Composable = STATEMENTS["authenticate"]
-    if naming:
-        named = compose_named(naming, sql.SQL("token.account_id"))
+    account_id = sql.SQL("token.account_id")
+    if apart:
+        grants = STATEMENTS["find_grants"].format(account_id=account_id)
+        query = STATEMENTS["authenticate_apart"].format(authenticate=query, find_grants=grants)
+    elif naming:
+        named = compose_named(naming, STATEMENTS["grants_beside"].format(account_id=account_id))
         query = STATEMENTS["authenticate_for_domain"].format(authenticate=query, find_named_domains=named)
     return STATEMENTS["as_json"].format(query=query).as_string()
 
 
-def compose_named(naming: str, account_id: sql.Composable) -> sql.Composed:
+def compose_named(naming: str, grants: sql.Composable) -> sql.Composed:
     name = STATEMENTS["name_of_domain"] if naming == "domain_uuid" else sql.Placeholder("domain_name")
-    return STATEMENTS["find_named_domains"].format(account_id=account_id, name=name)
+    return STATEMENTS["find_named_domains"].format(grants=grants, name=name)
+
+
+def compose_grants(*, apart: bool) -> sql.Composable:
+    """The grants of the account of Account.domain_parameters, as a table."""
+    if apart:
+        return STATEMENTS["grants_given"]
+    return STATEMENTS["grants_beside"].format(account_id=sql.Placeholder("account_id"))
+
+
+def compose_listing(statement: str, *, apart: bool) -> sql.Composed:
+    """A statement that lists the domains of an account, by its grants."""
+    return STATEMENTS[statement].format(grants=compose_grants(apart=apart))
 
 
 def find_named(service: Service, account: Account, naming: Mapping[str, str]) -> Account:
     """The account with the domains of the request as they are now."""
-    query = compose_named(next(iter(naming)), sql.Placeholder("account_id"))
-    with service.accounts.connection() as connection:
-        row = connection.execute(query, {"account_id": account.account_id, **naming}).fetchone()
+    query = compose_named(next(iter(naming)), compose_grants(apart=service.is_apart))
+    with service.domains.connection() as connection:
+        row = connection.execute(query, {**account.domain_parameters(), **naming}).fetchone()
     return replace(account, named=row["named"] if row else ())
 
 
-def choose_domains(connection: Connection, account: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """The uuids of an account's domains, each by its name or uuid; ValueError for one that it may not read."""
-    values = {"account_id": account["account_id"], "all_domains": account["all_domains"]}
-    domains = read_domains(run(connection, "find_domains", **values, chosen_uuids=None)[0], codec_of(connection))
+def list_domains(connection: Connection, *, all_domains: bool, granted: Sequence[str] = ()) -> Domains:
+    """All domains of FusionPBX's database, or those of some uuids. For commands, which need not be quick."""
+    query = compose_listing("find_domains", apart=True)
+    account = Account(0, 0, all_domains, granted=list(granted))
+    row = connection.execute(query, account.domain_parameters()).fetchall()[0]
+    return read_domains(row, codec_of(connection))
+
+
+def choose_domains(
+    connection: Connection, fusionpbx: Connection, account: Mapping[str, Any], names: Sequence[str]
+) -> list[str]:
+    """The uuids of an account's domains, each by its name or uuid; ValueError for one that it may not read.
+
+    connection: to the side tables. fusionpbx: to v_domains.
+    """
+    query = STATEMENTS["find_grants"].format(account_id=sql.Placeholder("account_id"))
+    (grants,) = connection.execute(query, {"account_id": account["account_id"]}).fetchall()
+    domains = list_domains(fusionpbx, all_domains=account["all_domains"], granted=grants["granted"])
     chosen: list[str] = []
     for name in names:
         uuids = [uuid for uuid, other in zip(domains.uuids, domains.names, strict=True) if name in (uuid, other)]
@@ -141,8 +176,10 @@ def choose_domains(connection: Connection, account: Mapping[str, Any], names: Se
 
 def find_domains(service: Service, account: Account) -> Domains:
     """Every domain that the account may read."""
-    (row,) = service.accounts.rows("find_domains", **account.domain_parameters())
-    found = read_domains(row, service.accounts.codec)
+    query = compose_listing("find_domains", apart=service.is_apart)
+    with service.domains.connection() as connection:
+        row = connection.execute(query, account.domain_parameters()).fetchall()[0]
+    found = read_domains(row, service.domains.codec)
     return replace(
         found,
         everything=account.reads_everything,
@@ -167,7 +204,7 @@ def select_domains(service: Service, account: Account, domain_uuid: str | None) 
         raise ApiError(404, "There is no such domain.")
     if not (asked and all(map(account.may_read, asked))):
         raise ApiError(403, "This account may not read this domain.")
-    codec = service.accounts.codec
+    codec = service.domains.codec
     names = [read_text(found["name"], codec) for found in asked]
     lone_names = names if len(account.named) == 1 else []
     return Domains([found["uuid"] for found in asked], names, lone_names, named=True, codec=codec)
@@ -360,12 +397,13 @@ def register(service: Service, values: Mapping[str, str], address: str | None) -
     attempt = Attempt.count(service, name_client("registration", address), "Too many registrations from this address")
     with attempt.unless_busy(service):
         password_hash = service.passwords.hash(values["password"])
+    names = [name for name in settings.register_domains if can_hold(service.domains.codec, name)]
+    granted = [row["domain_uuid"] for row in service.domains.rows("find_uuids", domain_names=names)]
     with service.accounts.connection() as connection, connection.transaction():
         account = add_account(connection, values["name"], values["email"], password_hash, all_domains=all_domains)
         if not account:
             refuse("email", "has already been taken")
-        names = [name for name in settings.register_domains if can_hold(service.accounts.codec, name)]
-        run(connection, "upsert_grants", account_id=account["account_id"], domain_names=names)
+        run(connection, "upsert_grants", account_id=account["account_id"], domain_uuids=granted)
         token = new_token(connection, account["account_id"], settings.token_days)
     return account, token or ""
 

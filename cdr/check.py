@@ -8,19 +8,30 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import psycopg
+from psycopg import conninfo
 
-from cdr.accounts import read_domains
+from cdr.accounts import list_domains
 from cdr.check_calls import BAD, CHECKS, GOOD, NOTE, Finding, Subject
-from cdr.database import Connection, codec_of, connect, run
+from cdr.database import Connection, connect, run
 from cdr.passwords import AT_ONCE
 from cdr.selection import Domains
 from cdr.settings import Settings, unknown_settings
 
 Check = Callable[[Subject, Connection], Iterator[Finding]]
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 ENVIRONMENT_FILE = Path("/etc/cdr-api/env")  # where DEPLOYMENT.md puts it
 UNIT_FILE = Path("/etc/systemd/system/cdr-api.service")
+
+# What makes a database of their own for the side tables, and what removes those that it has replaced.
+MAKE_APART = (
+    "sudo -u postgres createdb cdr_api && sudo -u postgres psql -v ON_ERROR_STOP=1 -d cdr_api"
+    f" -c \"SET cdr_api.side_tables = 'only'\" -f {Path(__file__).parent.parent / 'schema.sql'}"
+)
+DROP_BESIDE = (
+    "DROP TABLE cdr_api.accounts, cdr_api.grants, cdr_api.tokens, cdr_api.secrets, cdr_api.attempts,"
+    " cdr_api.warnings, cdr_api.version;"
+)
 
 
 def run_checks(settings: Settings) -> Iterator[Finding]:
@@ -29,8 +40,14 @@ def run_checks(settings: Settings) -> Iterator[Finding]:
     yield from check_files(ENVIRONMENT_FILE)
     yield from check_memory(settings, UNIT_FILE)
     subject = Subject(settings, find_domains(settings))
-    accounts_checks = (check_role, check_connections, check_domains, check_side_tables, check_accounts, check_warnings)
-    yield from check_server("CDR_API_DSN", subject, settings.dsn, accounts_checks)
+    beside: tuple[Check, ...] = (check_publications, check_side_tables, check_accounts, check_warnings)
+    if settings.accounts_dsn:
+        checks = (check_superuser, check_connections, *beside)
+        yield from check_server("CDR_API_ACCOUNTS_DSN", subject, settings.accounts_dsn, checks)
+        beside = (check_leftovers,)
+    yield from check_server(
+        "CDR_API_DSN", subject, settings.dsn, (check_role, check_connections, check_domains, *beside)
+    )
     variable = "CDR_API_CALLS_DSN" if settings.calls_dsn else "calls"
     calls_checks = (check_role, check_connections, *CHECKS) if settings.calls_dsn else CHECKS
     yield from check_server(variable, subject, settings.calls_dsn or settings.dsn, calls_checks)
@@ -40,8 +57,7 @@ def find_domains(settings: Settings) -> Domains:
     """FusionPBX's domains, as the service knows them; none where that cannot be told."""
     try:
         with connect(settings.dsn) as connection:
-            (row,) = run(connection, "find_domains", account_id=0, all_domains=True, chosen_uuids=None)
-            return read_domains(row, codec_of(connection))
+            return list_domains(connection, all_domains=True)
     except psycopg.Error:  # which is told by the checks of that server
         return Domains()
 
@@ -104,9 +120,21 @@ def check_memory(settings: Settings, unit: Path) -> Iterator[Finding]:
         yield GOOD, "memory", text
 
 
+def find_place(dsn: str) -> tuple[str, str]:
+    """The server that a connection string names."""
+    found = conninfo.conninfo_to_dict(dsn)
+    return str(found.get("host", "")), str(found.get("port", 5432))
+
+
+def count_pools(settings: Settings, connection: Connection) -> int:
+    """How many of the service's databases are on the server of a connection, as the settings name it."""
+    dsns = {settings.dsn, settings.accounts_dsn, settings.calls_dsn} - {""}
+    return max(1, [find_place(dsn) for dsn in dsns].count(find_place(connection.info.dsn)))
+
+
 def check_connections(subject: Subject, connection: Connection) -> Iterator[Finding]:
     """Whether PostgreSQL lets the service have the connections that it may ask for."""
-    wanted = subject.settings.workers * subject.settings.threads
+    wanted = subject.settings.workers * subject.settings.threads * count_pools(subject.settings, connection)
     found = run(connection, "find_connection_limits")[0]
     text = f"the service wants up to {wanted}; the role may have {found['role']}, the server {found['server']} in all"
     if wanted > min(found["role"], found["server"]):
@@ -152,10 +180,39 @@ def check_role(_subject: Subject, connection: Connection) -> Iterator[Finding]:
         yield GOOD, "role", f"{role} reads {' and '.join(tables)} and writes {'neither' if tables[1:] else 'nothing'}"
 
 
+def check_superuser(_subject: Subject, connection: Connection) -> Iterator[Finding]:
+    """Who we are where the side tables are alone."""
+    found = run(connection, "check_role")[0]
+    if found["superuser"]:
+        yield BAD, "role", f"{found['role']} is a superuser: log in as cdr_api, the role that schema.sql makes"
+    else:
+        yield GOOD, "role", f"{found['role']} is no superuser"
+
+
 def check_domains(_subject: Subject, connection: Connection) -> Iterator[Finding]:
     """Domains are read beside the accounts; an archive, where calls are read, need not have them."""
     if "v_domains" not in run(connection, "check_role")[0]["tables"]:
         yield BAD, "domains", "there is no table v_domains: is this FusionPBX's database?"
+
+
+def check_publications(_subject: Subject, connection: Connection) -> Iterator[Finding]:
+    """Side tables that are replicated: rows of their own on two nodes stop the replication, of calls too."""
+    found = run(connection, "find_publications")
+    names = " and ".join(row["name"] for row in found)
+    if found:
+        does = "replicates" if found[0]["are_here"] else "would replicate"
+        how = f"put them into a database of their own: {MAKE_APART}; then set CDR_API_ACCOUNTS_DSN (docs/clusters.md)"
+        yield BAD, "replication", f"{names} {does} the side tables, and two nodes that write them stop it: {how}"
+    else:
+        yield GOOD, "replication", "no publication takes the side tables"
+
+
+def check_leftovers(_subject: Subject, connection: Connection) -> Iterator[Finding]:
+    """Replicated side tables that another database has taken the place of."""
+    found = run(connection, "find_publications")
+    if found and found[0]["are_here"]:
+        names = " and ".join(row["name"] for row in found)
+        yield BAD, "replication", f"{names} replicates side tables that are of no use here any more: {DROP_BESIDE}"
 
 
 def check_side_tables(_subject: Subject, connection: Connection) -> Iterator[Finding]:

@@ -59,8 +59,9 @@ class Service:
         self.warned: dict[str, float] = {}  # when each warning was last written, by time.monotonic()
         self.settled: set[str] = set()  # the warnings whose cause is not there
         self.fallbacks: set[tuple[str, str]] = set()
-        self.accounts = Database(settings.dsn, settings)
-        self.calls = Database(settings.calls_dsn, settings) if settings.calls_dsn else self.accounts
+        self.domains = Database(settings.dsn, settings)
+        self.accounts = Database(settings.accounts_dsn, settings) if settings.accounts_dsn else self.domains
+        self.calls = Database(settings.calls_dsn, settings) if settings.calls_dsn else self.domains
 
     @functools.cached_property
     def time_zone(self) -> str:
@@ -77,10 +78,24 @@ class Service:
             self.accounts.rows("insert_secret", name="cursor", value=secrets.token_bytes(32))
         return bytes(self.accounts.rows("find_secret", name="cursor")[0]["value"])
 
+    @property
+    def is_apart(self) -> bool:
+        """Whether the side tables are in another database than v_domains."""
+        return self.accounts is not self.domains
+
+    @property
+    def databases(self) -> dict[str, Database]:
+        """Each once, by the first that it is for."""
+        found = {"accounts": self.accounts}
+        for name, database in (("domains", self.domains), ("calls", self.calls)):
+            if database not in found.values():
+                found[name] = database
+        return found
+
     def close(self) -> None:
         """Ends the pools, and with them their threads."""
-        self.accounts.close()
-        self.calls.close()
+        for database in self.databases.values():
+            database.close()
 
     # Told to the operator
 
@@ -169,9 +184,9 @@ class Service:
 
     @contextmanager
     def listing(self, account_id: int, client: Client) -> Iterator[PooledConnection]:
-        """A connection for a long list beside the accounts, in a transaction: as that of reading, without its slots."""
-        _ = self.accounts.codec  # before a connection is held: it may take one of its own
-        connection = self.lend(self.accounts, account_id, client)
+        """A connection for a long list of domains, in a transaction: as that of reading, without its slots."""
+        _ = self.domains.codec  # before a connection is held: it may take one of its own
+        connection = self.lend(self.domains, account_id, client)
         connection.has_stream_slot = True
         try:
             run(connection, "begin_list")

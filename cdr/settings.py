@@ -54,6 +54,7 @@ class Settings:
     """The CDR_API_* environment, checked. Times are in milliseconds."""
 
     dsn: str = field(metadata={"parse": parse_dsn})
+    accounts_dsn: str = field(default="", metadata={"parse": parse_dsn})
     calls_dsn: str = field(default="", metadata={"parse": parse_dsn})
     registration: str = field(default="open", metadata={"parse": one_of("open", "closed")})
     register_domains: tuple[str, ...] = field(default=(), metadata={"parse": parse_names})

@@ -218,7 +218,8 @@ class Database:
                 password_hash=PASSWORD_HASH,
                 all_domains=all_domains,
             )[0]
-            run(connection, "upsert_grants", account_id=row["account_id"], domain_names=list(domains))
+            uuids = [found["domain_uuid"] for found in run(connection, "find_uuids", domain_names=list(domains))]
+            run(connection, "upsert_grants", account_id=row["account_id"], domain_uuids=uuids)
             token = new_token(connection, row["account_id"], days)
         assert token
         return token
@@ -230,8 +231,7 @@ class Database:
         for app in self.apps:
             if auth_log := app.extensions["cdr_api"].auth_log:
                 auth_log.close()
-            app.extensions["cdr_api"].accounts.pool.close()
-            app.extensions["cdr_api"].calls.pool.close()
+            app.extensions["cdr_api"].close()
         self.apps.clear()
         if self.pgbouncer:  # which would keep its connections to the server
             ours = "datname = current_database() AND usename = 'cdr_api'"

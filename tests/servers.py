@@ -16,7 +16,7 @@ from typing import Any
 import psycopg
 
 import demo
-from tests.conftest import Database, wait_for
+from tests.conftest import ROOT, Database, wait_for
 
 AWAY = (psycopg.OperationalError, psycopg.InterfaceError)  # what a crash looks like from a session
 
@@ -109,6 +109,19 @@ class Node:
         with self.connect() as connection:
             row = connection.execute(query).fetchone()
         return row and row[0]
+
+
+def run_schema(database: Database | Node, side_tables: str = "") -> list[str]:
+    """Runs schema.sql, with a word as its head says if there is one; gives what it warns of."""
+    warnings: list[str] = []
+    with database.connect() as connection:
+        connection.add_notice_handler(
+            lambda notice: warnings.append(notice.message_primary or "") if notice.severity == "WARNING" else None
+        )
+        if side_tables:
+            connection.execute(f"SET cdr_api.side_tables = '{side_tables}'")
+        connection.execute((ROOT / "schema.sql").read_text("utf-8"))
+    return warnings
 
 
 @contextmanager

@@ -201,6 +201,7 @@ def test_check_is_content_with_a_good_installation(make_database: DatabaseMaker)
         "CDR_API_DSN",
         "role",
         "connections",
+        "replication",
         "side tables",
         "accounts",
         "requests",

@@ -183,6 +183,7 @@ def test_every_status_is_in_the_reference() -> None:
 # What the table says where a default is not a value that can be written down.
 IN_WORDS = {
     "dsn": "none, required",
+    "accounts_dsn": "that of `CDR_API_DSN`",
     "calls_dsn": "that of `CDR_API_DSN`",
     "register_domains": "none",
     "timezone": "the database's",

@@ -48,6 +48,7 @@ WRONG = [
     ({"CDR_API_DSN": "not a dsn"}, "CDR_API_DSN"),
     ({"CDR_API_DSN": "postgresql://h/d?nonsense=1"}, "CDR_API_DSN"),
     (DSN | {"CDR_API_CALLS_DSN": "nonsense=1"}, "CDR_API_CALLS_DSN"),
+    (DSN | {"CDR_API_ACCOUNTS_DSN": "dbname"}, "CDR_API_ACCOUNTS_DSN"),
     (DSN | {"CDR_API_REGISTRATION": "yes"}, "CDR_API_REGISTRATION"),
     (DSN | {"CDR_API_TOKEN_DAYS": "1.5"}, "CDR_API_TOKEN_DAYS"),
     (DSN | {"CDR_API_TOKEN_DAYS": "-1"}, "CDR_API_TOKEN_DAYS"),
