@@ -677,21 +677,32 @@ SELECT trim('"' FROM to_json(%(from)s::timestamptz + i * %(step)s * interval '1 
 (SELECT domain_uuid, %(newest_grant)s::bigint AS grant_id
    FROM unnest(%(granted)s::uuid[]) AS granted (domain_uuid))
 
+-- name: readable_domains
+-- No statement but a table: the domains that the account may read, with a token that was made for some
+-- (chosen_uuids) no others. By its {grants}: an account of a few does not pay for all domains.
+(SELECT domain_uuid, domain_name
+   FROM (SELECT domain_uuid, domain_name FROM v_domains WHERE %(all_domains)s
+          UNION ALL
+         SELECT d.domain_uuid, d.domain_name
+           FROM {grants} AS g
+           JOIN v_domains AS d ON d.domain_uuid = g.domain_uuid
+          WHERE NOT %(all_domains)s) AS granted
+  WHERE %(chosen_uuids)s::uuid[] IS NULL OR domain_uuid = ANY(%(chosen_uuids)s::uuid[]))
+
 -- name: find_domains
--- One row: the domains that the account may read (with a token that was made for some, chosen_uuids,
--- no others), as uuids and their names; of the
--- names those that no other domain bears; and the newest of the account's {grants}. Names of
--- domains leave the database as their bytes in hex, for they may not be text.
-SELECT array_agg(domain_uuid::text ORDER BY domain_uuid) FILTER (WHERE readable) AS uuids,
-       array_agg(name ORDER BY domain_uuid) FILTER (WHERE readable) AS names,
-       array_agg(name ORDER BY domain_uuid) FILTER (WHERE readable AND bearers = 1) AS lone_names,
+-- One row: the domains that are {readable}, as uuids and their names; of the names those that no other
+-- domain bears (is_lone); and the newest of the account's {grants}. Names leave the database as their
+-- bytes in hex, for they may not be text.
+SELECT array_agg(domain_uuid::text ORDER BY domain_uuid) AS uuids,
+       array_agg(name ORDER BY domain_uuid) AS names,
+       array_agg(name ORDER BY domain_uuid) FILTER (WHERE is_lone) AS lone_names,
        (SELECT max(g.grant_id) FROM {grants} AS g) AS newest_grant
-  FROM (SELECT encode(convert_to(d.domain_name, getdatabaseencoding()), 'hex') AS name, d.domain_uuid, count(*) OVER (PARTITION BY d.domain_name) AS bearers,
-               (%(all_domains)s OR g.domain_uuid IS NOT NULL)
-                   AND (%(chosen_uuids)s::uuid[] IS NULL OR d.domain_uuid = ANY(%(chosen_uuids)s::uuid[])) AS readable
-          FROM v_domains AS d
-          LEFT JOIN {grants} AS g
-            ON g.domain_uuid = d.domain_uuid) AS domains;
+  FROM (SELECT d.domain_uuid, encode(convert_to(d.domain_name, getdatabaseencoding()), 'hex') AS name,
+               bool_and(other.domain_uuid IS NULL) AS is_lone
+          FROM {readable} AS d
+          LEFT JOIN v_domains AS other
+            ON other.domain_name = d.domain_name AND other.domain_uuid <> d.domain_uuid
+         GROUP BY d.domain_uuid, d.domain_name) AS domains;
 
 -- name: find_named_domains
 -- One row: the domains of a name (FusionPBX does not keep it unique), as a list of
@@ -709,12 +720,9 @@ SELECT coalesce(json_agg(json_build_object('uuid', d.domain_uuid,
 (SELECT domain_name FROM v_domains WHERE domain_uuid = %(domain_uuid)s::uuid)
 
 -- name: select_domains
--- One row is a domain that the account may read, by name.
+-- One row is a domain of those that are {readable}, by name.
 SELECT d.domain_uuid::text AS domain_uuid, d.domain_name
-  FROM v_domains AS d
- WHERE (%(all_domains)s
-        OR d.domain_uuid IN (SELECT g.domain_uuid FROM {grants} AS g))
-   AND (%(chosen_uuids)s::uuid[] IS NULL OR d.domain_uuid = ANY(%(chosen_uuids)s::uuid[]))
+  FROM {readable} AS d
  ORDER BY d.domain_name, d.domain_uuid;
 
 -- name: find_uuids
@@ -934,6 +942,14 @@ SELECT current_user AS role,
        bool_and(has_table_privilege(name, 'SELECT')) AS may_read
   FROM unnest(ARRAY['v_xml_cdr', 'v_domains']) AS name
  WHERE to_regclass(name) IS NOT NULL;
+
+-- name: examine_domains
+-- One row: how many domains there are, and whether an index finds one by its name, which FusionPBX does not make.
+SELECT (SELECT count(*) FROM v_domains) AS domains,
+       EXISTS (SELECT FROM pg_index AS i
+                 JOIN pg_attribute AS a ON a.attrelid = i.indexrelid AND a.attnum = 1
+                WHERE i.indrelid = to_regclass('v_domains') AND i.indisvalid AND i.indpred IS NULL
+                  AND a.attname = 'domain_name') AS indexed;
 
 -- name: find_connection_limits
 -- One row: how many connections our role may have, and how many there are for all roles that are not superusers.

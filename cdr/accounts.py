@@ -136,7 +136,8 @@ def compose_grants(*, apart: bool) -> sql.Composable:
 
 def compose_listing(statement: str, *, apart: bool) -> sql.Composed:
     """A statement that lists the domains of an account, by its grants."""
-    return STATEMENTS[statement].format(grants=compose_grants(apart=apart))
+    grants = compose_grants(apart=apart)
+    return STATEMENTS[statement].format(readable=STATEMENTS["readable_domains"].format(grants=grants), grants=grants)
 
 
 def find_named(service: Service, account: Account, naming: Mapping[str, str]) -> Account:

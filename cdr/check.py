@@ -23,6 +23,10 @@ SCHEMA_VERSION = 5
 ENVIRONMENT_FILE = Path("/etc/cdr-api/env")  # where DEPLOYMENT.md puts it
 UNIT_FILE = Path("/etc/systemd/system/cdr-api.service")
 
+# So many domains are looked through in half a millisecond.
+MANY_DOMAINS = 2_000
+DOMAINS_INDEX = "CREATE INDEX CONCURRENTLY IF NOT EXISTS cdr_api_domains ON v_domains (domain_name);"
+
 # What makes a database of their own for the side tables, and what removes those that it has replaced.
 MAKE_APART = (
     "sudo -u postgres createdb cdr_api && sudo -u postgres psql -v ON_ERROR_STOP=1 -d cdr_api"
@@ -193,6 +197,11 @@ def check_domains(_subject: Subject, connection: Connection) -> Iterator[Finding
     """Domains are read beside the accounts; an archive, where calls are read, need not have them."""
     if "v_domains" not in run(connection, "check_role")[0]["tables"]:
         yield BAD, "domains", "there is no table v_domains: is this FusionPBX's database?"
+        return
+    found = run(connection, "examine_domains")[0]
+    if found["domains"] > MANY_DOMAINS and not found["indexed"]:
+        text = f"there are {found['domains']:,}, which each request looks through for a name; run {DOMAINS_INDEX}"
+        yield NOTE, "domains", text
 
 
 def check_publications(_subject: Subject, connection: Connection) -> Iterator[Finding]:

@@ -246,6 +246,21 @@ def test_check_prints_the_index_that_is_missing_and_it_helps(make_database: Data
     assert check(database.app())[1]["index"].startswith("✓")
 
 
+def test_check_names_an_index_where_there_are_many_domains(make_database: DatabaseMaker) -> None:
+    database = make_database()
+    assert "domains" not in check(database.app())[1]
+    database.execute(
+        "INSERT INTO v_domains (domain_uuid, domain_name)"
+        " SELECT gen_random_uuid(), 'other-' || i FROM generate_series(1, 2100) AS i"
+    )
+    line = check(database.app())[1]["domains"]
+    create = re.search(r"CREATE INDEX CONCURRENTLY .*;", line)
+    assert line.startswith("!")
+    assert create
+    database.execute(create[0])
+    assert "domains" not in check(database.app())[1]
+
+
 def test_check_names_an_index_whose_build_was_interrupted(make_database: DatabaseMaker) -> None:
     database = make_database(calls=300, index=True)
     # As an interrupted CREATE INDEX CONCURRENTLY leaves it.

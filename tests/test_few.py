@@ -65,10 +65,10 @@ def range_and_calls(client: Client, **parameters: Any) -> tuple[bytes, bytes]:
     return few.data, stream.data
 
 
-def executed(database: Database, text: str = "EXECUTE") -> int:
-    """How many of the service's connections have sent such a statement last (but for a rollback)."""
+def executed(database: Database) -> int:
+    """How many of the service's connections gave a short answer last: only that ends with a COMMIT by itself."""
     query = "SELECT query FROM pg_stat_activity WHERE datname = %s AND usename = 'cdr_api'"
-    return sum(text in sent for (sent,) in database.execute(query, [database.name]))
+    return sum(sent.strip() == "COMMIT" for (sent,) in database.execute(query, [database.name]))
 
 
 def prepared(client: Client) -> int:
