@@ -58,7 +58,7 @@ from cdr.parsing import (
     read_pairs,
     refuse_secrets,
 )
-from cdr.ranges import parse_moment
+from cdr.ranges import Moment, parse_moment, parse_month
 from cdr.rates import Allowance, buckets
 from cdr.requestlog import Entry, read_address
 from cdr.selection import (
@@ -240,10 +240,14 @@ def refuse_secrets_in_query() -> None:
     refuse_secrets(query_pairs())
 
 
+# What a parameter makes unnecessary.
+STANDS_FOR = {"domain_uuid": {"domain_name"}, "month": {"from", "to"}}
+
+
 def read_query(parsers: Parsers, required: Collection[str] = ()) -> dict[str, Any]:
     """The values of the route's parameters; ApiError 422 names everything that is wrong."""
-    if any(name == "domain_uuid" for name, _ in query_pairs()):  # which stands for domain_name
-        required = set(required) - {"domain_name"}
+    for name, _ in query_pairs():
+        required = set(required) - STANDS_FOR.get(name, set())
     return parse_pairs(query_pairs(), parsers, required)
 
 
@@ -489,7 +493,8 @@ CALLS: dict[str, Any] = {
     "by": parse_by,
     **FILTERS,
 }
-CALL_RANGE: dict[str, Any] = {**CALLS, "from": parse_moment, "to": parse_moment}
+RANGE: dict[str, Any] = {"from": parse_moment, "to": parse_moment, "month": parse_month}
+CALL_RANGE: dict[str, Any] = {**CALLS, **RANGE}
 
 
 @api.get("/calls")
@@ -513,8 +518,21 @@ def select(values: Mapping[str, Any], *, fresh: bool = False) -> Selection:
 
 def select_range(values: Mapping[str, Any]) -> Selection:
     """The calls of a request's domains, filters and range; ApiError 422 for a wrong range."""
-    start, end = ranges.find_range(values["from"], values["to"], read_zone(values))
+    start, end = ranges.find_range(*read_edges(values), read_zone(values))
     return select(values).within(start, end, values["by"] or "end")
+
+
+def read_edges(values: Mapping[str, Any]) -> tuple[Moment, Moment]:
+    """The first and the last moment of a request's range, however it is named; ApiError 422 unless in one way."""
+    for name in ("month", "date"):
+        if whole := values.get(name):
+            if any(values.get(other) for other in ("from", "to", "date") if other != name):
+                refuse(name, "names the whole range: leave out the others of from, to, date and month")
+            return whole, whole
+    for name in ("from", "to"):
+        if not values[name]:
+            refuse(name, "is needed")
+    return values["from"], values["to"]
 
 
 def read_zone(values: Mapping[str, Any]) -> str:
@@ -618,8 +636,7 @@ GROUPS = (
 parse_groups = list_of(GROUPS, "group", f"; it knows {', '.join(GROUPS)}")
 
 TOTALS: dict[str, Any] = {
-    "from": parse_moment,
-    "to": parse_moment,
+    **RANGE,
     "by": parse_by,
     **DOMAIN,
     "group_by": parse_groups,
@@ -665,8 +682,7 @@ def call_lookup() -> Response:
 
 CONCURRENCY: dict[str, Any] = {
     "date": parse_moment,
-    "from": parse_moment,
-    "to": parse_moment,
+    **RANGE,
     "resolution": one_of("1", "5", "15", "30", "60"),
     "active_only": parse_flag,
     **DOMAIN,
@@ -697,12 +713,9 @@ def active_calls_by_domain() -> Response:
 def answer_intervals(statement: str, columns: Mapping[str, bool]) -> Response:
     """The rows of a statement about intervals, for the parameters of both routes."""
     values = read_query(CONCURRENCY)
-    if (values["date"] is None) == (values["from"] is None and values["to"] is None):
-        refuse("date", "is needed, or from and to instead; not both")
-    first, last = (values["date"], values["date"]) if values["date"] else (values["from"], values["to"])
-    if first is None or last is None:
-        refuse("from" if first is None else "to", "is needed")
-    start, until = ranges.find_range(first, last, read_zone(values))
+    if not any(values[name] for name in ("date", *RANGE)):
+        refuse("date", "is needed, or month, or from and to")
+    start, until = ranges.find_range(*read_edges(values), read_zone(values))
     if until - start > LONGEST_RANGE:
         refuse("to", "must be at most 31 days after from")
     ended = ranges.clamp(lambda: until + LONGEST_CALL, ranges.LATEST)

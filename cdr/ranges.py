@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calendar
 import re
 import zoneinfo
 from collections.abc import Callable
@@ -86,6 +87,14 @@ def parse_moment(text: str) -> Moment:
         return Moment(found, read_length(match))
     except ValueError:
         raise ValueError("is not a date and time that exists") from None
+
+
+def parse_month(text: str) -> Moment:
+    """A calendar month, such as 2026-10, as a Moment in a zone that is told later; ValueError says what is allowed."""
+    if not re.fullmatch(r"[0-9]{4}-(0[1-9]|1[0-2])", text) or text < "0001":
+        raise ValueError("must be a month such as 2026-10")
+    first = datetime.fromisoformat(f"{text}-01")
+    return Moment(first, timedelta(days=calendar.monthrange(first.year, first.month)[1]))
 
 
 def read_offset(match: re.Match[str]) -> tzinfo | None:

@@ -48,8 +48,8 @@ from cdr.parsing import (
     read_json_object,
     read_pairs,
 )
-from cdr.ranges import EARLIEST, LATEST, Moment, find_range, find_zone, parse_moment
-from cdr.selection import FIELDS, parse_fields
+from cdr.ranges import EARLIEST, LATEST, Moment, find_range, find_zone, parse_moment, parse_month
+from cdr.selection import FIELDS, MORE_FIELDS, parse_fields
 from cdr.settings import parse_dsn, parse_milliseconds, parse_origins, parse_syslog
 from cdr.statements import load_statements
 from cdr.stream import FORMATS
@@ -128,12 +128,17 @@ PARSERS = {
         ["2026-01-31", "2026-01-31t23:59z", "2026-01-31T23:59:59.5 0100", "1769900399.5", "9999-12-31T23-12"],
         is_as_long_as_it_is_written,
     ),
+    "parse_month": Parser(
+        parse_month,
+        ["2026-10", "0001-01", "9999-12"],
+        lambda text, value: f"{value.start:%d %H:%M}" == "01 00:00" and value.start.isoformat().startswith(text),
+    ),
     "parse_uuid": Parser(
         parse_uuid,
         [UUID_TEXT, UUID_TEXT.upper(), UUID_TEXT.replace("-", ""), f"{{{UUID_TEXT}}}"],
         lambda text, value: str(UUID(value)) == value and re.sub("[{}-]", "", text).lower() == value.replace("-", ""),
     ),
-    "parse_fields": Parser(parse_fields, ["xml", ",".join(FIELDS)], is_a_list_of(FIELDS)),
+    "parse_fields": Parser(parse_fields, ["xml", ",".join(FIELDS)], is_a_list_of([*FIELDS, *MORE_FIELDS])),
     "parse_groups": Parser(cdr_api.parse_groups, ["day", "domain_name,hour"], is_a_list_of(cdr_api.GROUPS)),
     "parse_flag": Parser(parse_flag, ["true", "false"], lambda text, value: text == str(value).lower()),
     "parse_text": Parser(parse_text, ["", "a"], lambda text, value: value == text and "\0" not in value),
@@ -601,7 +606,16 @@ DATES = ["0001-01-01", "0001-01-01T00:00Z", "9999-12-31", "9999-12-31T23:59:59-1
 DOMAINS = ["alpha.example.com", "beta.example.com", "ALPHA.example.com", "alpha.example.com ", "%.example.com", "*"]
 ZONE_NAMES = ["UTC", "Europe/Berlin", "right/UTC", "posix/UTC", "localtime", "posixrules", "Factory", "../UTC"]
 WORDS = ["csv", "ndjson", "day,hour", "billsec", "start", "inbound", "a@b.c", PASSWORD, UUID_TEXT]
-LIKELY = {"from": DATES, "to": DATES, "date": DATES, "domain_name": DOMAINS, "tz": ZONE_NAMES, "limit": NUMBERS}
+MONTHS = ["2026-11", "0001-01", "9999-12", "2026-13"]
+LIKELY = {
+    "month": MONTHS,
+    "from": DATES,
+    "to": DATES,
+    "date": DATES,
+    "domain_name": DOMAINS,
+    "tz": ZONE_NAMES,
+    "limit": NUMBERS,
+}
 VALUES = TEXTS | st.sampled_from([*NUMBERS, *DATES, *DOMAINS, *ZONE_NAMES, *WORDS])
 METHODS = ["GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT", "PROPFIND", "BREW"]
 SUFFIXES = ["/", "//", "/..", "/x", ";x", ".json", " ", "\0", "\r\n", "%00", "\xff", "\xc0\xaf", "\xed\xa0\x80"]

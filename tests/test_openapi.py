@@ -31,7 +31,7 @@ from werkzeug.test import TestResponse
 import cdr
 import cdr_api
 from cdr.parsing import SECRETS_IN_QUERY, Parsers, parse_flag, parse_uuid, parse_zone
-from cdr.ranges import parse_moment
+from cdr.ranges import parse_moment, parse_month
 from cdr.selection import BOOLEANS, FIELDS, FILTERS, INTEGERS, MORE_FIELDS, NUMBERS, STRINGS, parse_fields
 from cdr.stream import FORMATS
 from tests.conftest import ROOT, SOURCES, Client, Database, DatabaseMaker, Gunicorn, serve, wait_for
@@ -244,12 +244,16 @@ def test_what_a_body_must_have(client: Client, name: str) -> None:
     assert set(json.loads(response.get_json()["data"])) == set(schema["required"])
 
 
+# What another parameter may stand for: domain_uuid, month.
+ONE_OF_SEVERAL = {"calls": {"domain_name"}, "call_range": {"domain_name", "from", "to"}, "call_totals": {"from", "to"}}
+
+
 @each_operation
 def test_what_a_query_must_have(client: Client, operation: Operation) -> None:
     required = {name for name, parameter in operation.parameters.items() if parameter.get("required")}
     response = client.send(operation.method.upper(), operation.path, query_string={"nonsense": "1"})
-    one_of_two = {"domain_name"} if operation.name in ("calls", "call_range") else set()  # or domain_uuid
-    assert set(json.loads(response.get_json()["data"])) - {"nonsense"} == required | one_of_two
+    either = ONE_OF_SEVERAL.get(operation.name, set())
+    assert set(json.loads(response.get_json()["data"])) - {"nonsense"} == required | either
 
 
 def accepts(parse: Callable[[str], Any], text: str) -> bool:
@@ -265,6 +269,7 @@ def check_kind(parse: Callable[[str], Any], schema: dict[str, Any]) -> None:
     named = {
         parse_flag: {"type": "boolean"},
         parse_moment: SCHEMAS["Moment"],
+        parse_month: SCHEMAS["Month"],
         parse_fields: SCHEMAS["FieldList"],
         cdr_api.parse_groups: SCHEMAS["GroupList"],
         parse_uuid: {"type": "string", "format": "uuid"},
@@ -717,6 +722,7 @@ RULES = [
     r"\w+ must not hold a NUL character\.",
     r"\w+ must be valid (UTF-8|Unicode)\.",
     r"to must be at most 31 days after from\.",
+    r"month must be a month such as 2026-10\.",  # of the year 0
     r"name must be 1 to 255 printable characters\.",
     r"email must be an e-mail address of at most 254 ASCII characters\.",
     r"email has already been taken\.",
@@ -725,17 +731,26 @@ RULES = [
 ]
 
 
+def make_range_possible(path: str, query: dict[str, Any]) -> None:
+    """Leaves one way of naming the range."""
+    ways = [name for name in ("month", "date") if name in query]
+    if path == "/call_feed":
+        query.setdefault("from", "2026-01-01")
+    elif ways:
+        for name in {"month", "date", "from", "to"} - {ways[0]}:
+            query.pop(name, None)
+    elif path.endswith("_by_domain"):
+        query |= {"from": "2026-01-30", "to": "2026-01-31"}
+    elif path in ("/call_range", "/call_totals"):
+        query |= {"from": query.get("from", "2026-01-01"), "to": query.get("to", "9999-01-01")}
+
+
 def make_possible(case: Any) -> None:
     """Changes a request that is as described by the rules that no schema can say."""
     query = case.query
     for name in ("after", "cursor"):  # signed
         query.pop(name, None)
-    if {"from", "to"} & set(query) and "date" in query:
-        del query["date"]
-    if case.path == "/call_feed" or query.get("to") or query.get("from"):
-        query.setdefault("from", "2026-01-01")
-    if case.path.endswith("_by_domain") and "date" not in query:
-        query |= {"from": "2026-01-30", "to": "2026-01-31"}
+    make_range_possible(case.path, query)
     if query.get("format") != "csv":
         query.pop("csv_safe", None)
     if "tz" in query:
@@ -887,8 +902,8 @@ type Call = components["schemas"]["Call"];
 
 export const query: Query = { domain_name: "alpha.example.com", from: "2026-01-01", to: "2026-01-31", answered: true };
 export const seconds = (calls: Answer): number => calls.reduce((sum, call) => sum + (call.billsec ?? 0), 0);
-// @ts-expect-error: a range has two ends
-export const wrong: Query = { domain_name: "alpha.example.com", from: "2026-01-01" };
+// @ts-expect-error: a range is no number
+export const wrong: Query = { domain_name: "alpha.example.com", from: 20260101 };
 // @ts-expect-error: not a field of a call
 export const nothing = (call: Call) => call.nothing;
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from urllib.parse import parse_qs, urlsplit
 from zoneinfo import ZoneInfo
 
 import hypothesis
@@ -195,3 +196,70 @@ def test_the_whole_calendar_is_a_range(database: Database, zone: str, start: str
         len(uuids(in_zone(database, zone), start, end))
         == database.execute("SELECT count(*) FROM v_xml_cdr WHERE end_stamp IS NOT NULL")[0][0]
     )
+
+
+# Zone, month, and when in UTC it begins and ends, by hand: Berlin's clock goes an hour ahead on 2026-03-29 and back on
+# 2026-10-25.
+MONTHS = [
+    ("UTC", "2026-01", "2026-01-01 00:00", "2026-02-01 00:00"),
+    ("UTC", "2028-02", "2028-02-01 00:00", "2028-03-01 00:00"),
+    ("UTC", "2025-12", "2025-12-01 00:00", "2026-01-01 00:00"),
+    ("Europe/Berlin", "2026-03", "2026-02-28 23:00", "2026-03-31 22:00"),
+    ("Europe/Berlin", "2026-10", "2026-09-30 22:00", "2026-10-31 23:00"),
+]
+
+
+@pytest.mark.parametrize(("zone", "month", "begin", "end"), MONTHS, ids=[f"{m[1]} in {m[0]}" for m in MONTHS])
+def test_a_month_is_all_of_it_on_every_route(
+    make_database: DatabaseMaker, zone: str, month: str, begin: str, end: str
+) -> None:
+    database = make_database(index=True)
+    client = database.client(database.account("alpha.example.com"), database.app(CDR_API_TIMEZONE="UTC"))
+    first, after = (datetime.fromisoformat(f"{stamp}+00:00") for stamp in (begin, end))
+    microsecond = timedelta(microseconds=1)
+    ends = [first - microsecond, first, after - microsecond, after]
+    ids = [database.insert_call(start_stamp=stamp - timedelta(seconds=5), end_stamp=stamp) for stamp in ends]
+    asked = {"domain_name": "alpha.example.com", "month": month, "tz": zone}
+    assert [call["xml_cdr_uuid"] for call in client.get("/api/call_range", **asked).get_json()] == ids[1:3]
+    (total,) = client.get("/api/call_totals", **asked, group_by="month").get_json()
+    assert (total["month"], total["calls"]) == (month, 2)
+    for kind in ("concurrent", "active"):
+        rows = client.get(f"/api/{kind}_calls_by_domain", **asked, resolution="60").get_json()
+        assert len(rows) == (after - first) / timedelta(hours=1)
+        bounds = [
+            datetime.fromisoformat(rows[place][f"{edge}_interval"]) for place, edge in ((0, "start"), (-1, "end"))
+        ]
+        assert bounds == [first, after]
+
+
+@pytest.mark.parametrize(
+    "month", ["2026-13", "2026-00", "0000-01", "2026-1", "202610", "2026-10-01", "２０２６-10", "", "x"]
+)
+def test_bad_months(client: Client, month: str) -> None:
+    for path in ("/api/call_range", "/api/call_totals", "/api/concurrent_calls_by_domain"):
+        response = client.get(path, domain_name="alpha.example.com", month=month)
+        assert response.status_code == 422
+        assert list(problem(response)["data"]) == ["month"]
+
+
+def test_a_range_is_named_in_one_way(client: Client) -> None:
+    for other in ("from", "to"):
+        response = client.get(
+            "/api/call_range", **{"domain_name": "alpha.example.com", "month": "2026-10", other: "2026-10-01"}
+        )
+        assert (response.status_code, list(problem(response)["data"])) == (422, ["month"])
+    response = client.get("/api/active_calls_by_domain", month="2026-10", date="2026-10-01")
+    assert (response.status_code, list(problem(response)["data"])) == (422, ["month"])
+    for path in ("/api/calls", "/api/call_feed"):  # which take no range
+        response = client.get(path, month="2026-10")
+        assert "month is not a parameter of this route." in problem(response)["message"]
+
+
+def test_pages_of_a_month_and_of_its_dates_are_the_same(database: Database) -> None:
+    client = in_zone(database, "UTC")
+    for day in (1, 2, 3):
+        database.insert_call(end_stamp=f"2040-02-0{day} 12:00+00")
+    page = client.get("/api/call_range", domain_name="alpha.example.com", month="2040-02", limit="2")
+    after = parse_qs(urlsplit(page.headers["Link"].partition(">")[0][1:]).query)["after"][0]
+    assert len(page.get_json()) == 2
+    assert len(client.call_range("2040-02-01", "2040-02-29", after=after)) == 1
