@@ -490,6 +490,7 @@ CALLS: dict[str, Any] = {
     **FORMAT,
     "limit": parse_limit,
     "after": str,
+    "order": one_of("asc", "desc"),
     "by": parse_by,
     **FILTERS,
 }
@@ -543,6 +544,7 @@ def read_zone(values: Mapping[str, Any]) -> str:
 def answer_calls(values: Mapping[str, Any], selection: Selection) -> Response:
     """The selected calls by a request's format, fields and page: few at once, more as a stream."""
     output, fields, limit = choose_format(values), values["fields"] or FIELDS, values["limit"]
+    selection = replace(selection, newest_first=values["order"] == "desc")
     account_id = current_account().account_id
     purpose = [account_id, request.path, sorted(selection.domains.uuids), selection.identity()]
     key = read_cursor(service().secret, purpose, "after", values["after"]) if values["after"] is not None else None

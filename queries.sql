@@ -64,10 +64,10 @@ SELECT has_slot,
 
 -- name: select_calls
 -- One row is one call, in the order of the key: end_stamp and xml_cdr_uuid for
--- the part "dated", xml_cdr_uuid for the others.
+-- the part "dated", xml_cdr_uuid for the others. {backwards} is DESC, or empty.
 SELECT {columns}
   FROM {matching_calls} AS calls
- ORDER BY CASE WHEN %(part)s = 'dated' THEN calls.end_at END, calls.xml_cdr_uuid
+ ORDER BY CASE WHEN %(part)s = 'dated' THEN calls.end_at END{backwards}, calls.xml_cdr_uuid{backwards}
  LIMIT %(limit)s;
 
 -- name: select_page
@@ -128,7 +128,8 @@ DEALLOCATE {name};
 -- name: matching_calls
 -- No statement but what all that read calls read from: one row is one call (one
 -- row of v_xml_cdr) that the parameters ask for, in no order. {own_calls} are the
--- calls of the domains asked for, {written} is a condition of the feed, or empty.
+-- calls of the domains asked for, {written} is a condition of the feed, or empty; {more} are those
+-- below that few requests have, so that the others need not parse them.
 -- part: "dated" are the calls that have an end, after the key (after_stamp,
 -- after_uuid); "undated" those that have none, after after_uuid; "both" is all.
 -- by: from and to mean the "start" or the "end"; "" is no range. from_epoch and
@@ -245,7 +246,7 @@ DEALLOCATE {name};
           AND (%(destination_number)s::text IS NULL OR cdr.destination_number = %(destination_number)s::text)
           AND (%(hangup_cause)s::text IS NULL OR cdr.hangup_cause = %(hangup_cause)s::text)
           AND (%(status)s::text IS NULL OR status = %(status)s::text)
-          AND (%(uuids)s::uuid[] IS NULL OR at.key = ANY(%(uuids)s::uuid[])){written}) AS calls
+          AND (%(uuids)s::uuid[] IS NULL OR at.key = ANY(%(uuids)s::uuid[])){written}{more}) AS calls
  WHERE (%(answered)s::boolean IS NULL OR (coalesce(calls.billsec, 0) > 0) = %(answered)s::boolean)
    AND (%(min_billsec)s::bigint IS NULL OR coalesce(calls.billsec, 0) >= %(min_billsec)s::bigint)
    AND (%(billable_only)s::boolean IS DISTINCT FROM true
@@ -253,6 +254,26 @@ DEALLOCATE {name};
        AND calls.hangup_cause IS DISTINCT FROM 'LOSE_RACE'
        AND ((calls.cc_side IS DISTINCT FROM 'agent' AND calls.originating_leg_uuid IS NULL)
             OR (calls.direction = 'outbound' AND calls.billsec > 0))));
+
+-- name: directions
+-- No statement but a condition, as are those that follow: the direction is one of several.
+          AND cdr.direction = ANY(%(directions)s::text[])
+
+-- name: destination_prefix
+          AND starts_with(cdr.destination_number::text, %(destination_prefix)s::text)
+
+-- name: source_prefix
+          AND starts_with(cdr.source_number::text, %(source_prefix)s::text)
+
+-- name: before_key
+-- For the part "dated" in reverse order: calls before the one that a page ended with. Of two comparisons
+-- for the reason that matching_calls tells.
+          AND at.end_at <= %(before_stamp)s::timestamptz
+          AND (at.end_at, at.key) < (%(before_stamp)s::timestamptz, %(before_uuid)s::uuid)
+
+-- name: before_uuid
+-- The same for the part "undated".
+          AND at.key < %(before_uuid)s::uuid
 
 -- name: zoned
 -- No statement but a condition, which is folded before anything is read: the column {stamp}
@@ -313,8 +334,8 @@ cdr.{stamp}
    WHERE cdr.domain_uuid IS NULL AND cdr.domain_name = %(lone_name)s::text{order}))
 
 -- name: in_order
--- No statement but the order of the key, in which the index brings a domain's calls.
-   ORDER BY cdr.end_stamp, CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END
+-- No statement but the order of the key, in which the index brings a domain's calls, or its reverse.
+   ORDER BY cdr.end_stamp{backwards}, CASE WHEN uuid IS NULL THEN xml_cdr_uuid ELSE uuid END{backwards}
 
 -- name: calls_of_domains
 -- The same for several: domain_names are the names of domain_uuids.

@@ -53,6 +53,21 @@ def parse_uuids(value: Any) -> list[str]:
     return list(dict.fromkeys(parse_uuid(check_text(uuid)) for uuid in value))
 
 
+def parse_prefix(text: str) -> str:
+    """The first digits of a number. A "+" that was not escaped in a URL arrives as a blank."""
+    if not re.fullmatch(r"[+ ]?[0-9]{1,32}|[+ ]", text):
+        raise ValueError("must be the first digits of a number such as 49 or +4930 (%2B4930 in a URL)")
+    return text.replace(" ", "+")
+
+
+def parse_choices(text: str) -> str:
+    """A value, or several with commas between them, none of them empty."""
+    names = text.split(",")
+    if len(names) > 1 and (not all(names) or len(set(names)) < len(names)):
+        raise ValueError("must be one value, or different ones with commas between them")
+    return text
+
+
 def parse_zone(text: str) -> str:
     try:
         zoneinfo.ZoneInfo(text)

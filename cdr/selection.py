@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from psycopg import sql
 
 from cdr.database import PooledConnection, run
-from cdr.parsing import Parser, integer_between, list_of, parse_flag, parse_uuid
+from cdr.parsing import Parser, integer_between, list_of, parse_choices, parse_flag, parse_prefix, parse_uuid
 from cdr.statements import STATEMENTS, can_hold, mogrify, show_text
 
 # Fields -----------------------------------------------------------------------
@@ -51,9 +51,9 @@ STRINGS = {*FIELDS, *MORE_FIELDS} - INTEGERS - NUMBERS - BOOLEANS
 
 parse_fields = list_of((*FIELDS, *MORE_FIELDS), "field")
 
-# Each is a placeholder of matching_calls (queries.sql).
+# Each is a placeholder of matching_calls (queries.sql), or the name of a condition that it takes besides.
 FILTERS: dict[str, Parser] = {
-    "direction": str,
+    "direction": parse_choices,
     "leg": str,
     "accountcode": str,
     "extension_uuid": parse_uuid,
@@ -66,7 +66,10 @@ FILTERS: dict[str, Parser] = {
     "answered": parse_flag,
     "min_billsec": integer_between(0, 10**12),
     "billable_only": parse_flag,
+    "destination_prefix": parse_prefix,
+    "source_prefix": parse_prefix,
 }
+PREFIXES = ("destination_prefix", "source_prefix")
 
 
 # Selection --------------------------------------------------------------------
@@ -152,7 +155,9 @@ class Selection:
     start: datetime | None = None
     end: datetime | None = None  # excluded
     part: str = "both"
+    newest_first: bool = False
     after: Key = FIRST_KEY
+    before: Key | None = None
     uuids: Sequence[str] | None = None
     low: str | None = None  # of the transactions that wrote the calls, see written
     high: str | None = None
@@ -185,21 +190,40 @@ class Selection:
     def identity(self) -> dict[str, Any]:
         """What a cursor is bound to. Only what was given, so that a release that adds a filter resets nobody."""
         edges = {"from": self.start and self.start.isoformat(), "to": self.end and self.end.isoformat()}
-        return {**self.filters, **{name: edge for name, edge in edges.items() if edge}, "by": self.by}
+        given = {**edges, "order": "desc" if self.newest_first else None}
+        return {**self.filters, **{name: value for name, value in given.items() if value}, "by": self.by}
 
     def parts(self, key: Key | None, limit: int | None) -> list[Selection]:
         """The selection of each statement that answers a request, after a key.
 
-        First the calls that have an end stamp, then those that have none;
-        never both in one page.
+        First the calls that have an end stamp, then those that have none, in
+        either order; never both in one page.
         """
         dated = replace(self, limit=limit, part="dated")
         undated = replace(dated, part="undated", after=(None, None))
         if key is not None:
             if key[0] is None:
-                return [replace(undated, after=key)]
-            dated = replace(dated, after=key)
+                return [undated.behind(key)]
+            dated = dated.behind(key)
         return [dated, undated] if self.may_be_undated and limit is None else [dated]
+
+    def behind(self, key: Key) -> Selection:
+        """Only calls that come after a key in their order."""
+        return replace(self, before=key) if self.newest_first else replace(self, after=key)
+
+    @property
+    def directions(self) -> list[str]:
+        return str(self.filters.get("direction") or "").split(",")
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Of queries.sql: those that matching_calls takes besides."""
+        asked = [name for name in PREFIXES if name in self.filters]
+        if len(self.directions) > 1:
+            asked.append("directions")
+        if self.before and self.before[1]:
+            asked.append("before_uuid" if self.before[0] is None else "before_key")
+        return tuple(asked)
 
     @property
     def needs_sort(self) -> bool:
@@ -214,7 +238,7 @@ class Selection:
         windows would read everything once more.
         """
         several = len(self.domains.uuids) > 1 or self.domains.everything
-        return several and self.possible and self.part == "dated" and self.low is None
+        return several and self.possible and self.part == "dated" and self.low is None and not self.newest_first
 
     @property
     def may_be_undated(self) -> bool:
@@ -234,15 +258,19 @@ class Selection:
             feed=self.high is not None,
             distinct=connection.doubled,
             zoned=connection.zoned,
+            backwards=self.newest_first,
+            conditions=self.conditions,
         )
 
     def parameters(self) -> dict[str, Any]:
         """Those of select_calls."""
-        stamp, uuid = self.after
+        (stamp, uuid), (before_stamp, before_uuid) = self.after, self.before or (None, None)
         to = self.end.isoformat() if self.end else None
         return {
             **dict.fromkeys(FILTERS),
             **self.filters,
+            "direction": self.filters.get("direction") if len(self.directions) == 1 else None,
+            "directions": self.directions,
             **self.domains.parameters(),
             "by": self.by,
             "from": self.start and self.start.isoformat(),
@@ -254,6 +282,8 @@ class Selection:
             "part": self.part,
             "after_stamp": stamp,
             "after_uuid": uuid,
+            "before_stamp": before_stamp,
+            "before_uuid": before_uuid,
             "uuids": None if self.uuids is None else list(self.uuids),
             "low": self.low,
             "high": self.high,
@@ -310,14 +340,22 @@ class Source(NamedTuple):
     feed: bool  # whether by the transactions that wrote them
     distinct: bool  # whether a key may be stored twice
     zoned: bool = False  # whether stamps are known to be timestamptz
+    backwards: bool = False  # whether in the reverse of that order
+    conditions: tuple[str, ...] = ()  # that the calls must meet besides
 
 
-@functools.lru_cache(maxsize=16)
+def compose_direction(source: Source) -> sql.SQL:
+    return sql.SQL(" DESC") if source.backwards else sql.SQL("")
+
+
+@functools.lru_cache(maxsize=64)
 def compose_matching(source: Source) -> sql.Composed:
     """matching_calls for a source."""
     columns = sql.SQL("cdr.*, cdr.xmin AS written_by" if source.feed else "cdr.*")
     written: sql.Composable = STATEMENTS["written"] if source.feed else sql.SQL("")
-    order = sql.SQL("\n") + STATEMENTS["in_order"] if source.ordered else sql.SQL("")
+    in_order = STATEMENTS["in_order"].format(backwards=compose_direction(source))
+    order = sql.SQL("\n") + in_order if source.ordered else sql.SQL("")
+    more = [sql.SQL("\n") + STATEMENTS[name] for name in source.conditions]
     own_calls: sql.Composable = STATEMENTS[source.own_calls].format(columns=columns, order=order)
     if source.distinct:
         own_calls = STATEMENTS["distinct_calls"].format(own_calls=own_calls, written=written)
@@ -325,7 +363,7 @@ def compose_matching(source: Source) -> sql.Composed:
     instants = {f"{name}_at": compose_instant(name, zoned=source.zoned) for name in ("start", "answer", "end")}
     end_is_zoned = sql.SQL("true") if source.zoned else compose_moment("zoned", "end")
     return STATEMENTS["matching_calls"].format(
-        own_calls=own_calls, written=written, end_is_zoned=end_is_zoned, **instants
+        own_calls=own_calls, written=written, more=sql.SQL("").join(more), end_is_zoned=end_is_zoned, **instants
     )
 
 
@@ -374,8 +412,16 @@ def compose_select(
     fields: tuple[str, ...], source: Source, column: Callable[[str], sql.Composable] = plain_column
 ) -> str:
     """select_calls with its columns."""
-    columns = sql.SQL(", ").join(map(column, fields))
-    return STATEMENTS["select_calls"].format(columns=columns, matching_calls=compose_matching(source)).as_string()
+    return compose_calls(map(column, fields), source).as_string()
+
+
+def compose_calls(columns: Iterable[sql.Composable], source: Source) -> sql.Composed:
+    """select_calls with some columns, as they are written."""
+    return STATEMENTS["select_calls"].format(
+        columns=sql.SQL(", ").join(columns),
+        matching_calls=compose_matching(source),
+        backwards=compose_direction(source),
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -390,9 +436,7 @@ def compose_page(statement: str, fields: tuple[str, ...], source: Source, *, csv
     """The COPY of a page: the same with what select_page tells of it before the fields of each row."""
     column = escaped_column if csv_safe else plain_column
     told = [sql.SQL("calls.end_stamp AS told_stamp"), sql.SQL("calls.xml_cdr_uuid AS told_uuid")]
-    page = STATEMENTS["select_calls"].format(
-        columns=sql.SQL(", ").join([*told, *map(column, fields)]), matching_calls=compose_matching(source)
-    )
+    page = compose_calls([*told, *map(column, fields)], source)
     columns = sql.SQL(", ").join(sql.Identifier("page", name) for name in fields)
     query = STATEMENTS["select_page"].format(query=page, columns=columns)
     return compose_rows(statement, query, [name for name in fields if name in STRINGS]).as_string()

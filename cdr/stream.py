@@ -204,8 +204,11 @@ def copy_calls(
     csv_safe: bool = False,
 ) -> Rows:
     """The calls of all parts, by a query that ends the transaction."""
-    copy = compose_copy(output.statement, fields, parts[0].source(connection), csv_safe=csv_safe)
-    copies = [mogrify(connection, copy, part.parameters() | {"header": part is parts[0]}) for part in parts]
+    copies, source = [], parts[0].source(connection)
+    for part in parts:
+        own = source._replace(conditions=part.conditions)
+        copy = compose_copy(output.statement, fields, own, csv_safe=csv_safe)
+        copies.append(mogrify(connection, copy, part.parameters() | {"header": part is parts[0]}))
     return copy_batches(connection, finish(connection.home, b";".join(copies)))
 
 
@@ -260,7 +263,7 @@ def page_parameters(connection: PooledConnection, page: Selection) -> dict[str, 
     size = page.limit or 0
     undated: sql.Composable = sql.SQL("false")
     if page.may_be_followed:
-        part = replace(page, part="undated", after=(None, None), limit=1)
+        part = replace(page, part="undated", after=(None, None), before=None, limit=1)
         select = mogrify(connection, compose_select(("xml_cdr_uuid",), part.source(connection)), part.parameters())
         undated = STATEMENTS["exists"].format(query=sql.SQL(select.decode()))
     return {**replace(page, limit=size + 1).parameters(), "page_size": size, "undated": undated}

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 import cdr.selection
+import demo
 from cdr.selection import FIELDS
 from cdr.statements import STATEMENTS
-from tests.conftest import Client, Database, problem
+from tests.conftest import Client, Database, DatabaseMaker, problem
 
 # One row as FusionPBX would store it, and by hand what the contract makes of it.
 UUID = "0b9e2f6c-6a53-4c0e-9c5e-0d9c4b3f7a11"
@@ -203,6 +204,8 @@ ANSWERED = "billsec <> 'NaN' AND round(billsec) > 0"
 # Each filter, and the same in SQL.
 FILTERS = [
     ("direction", "inbound", "direction = 'inbound'"),
+    ("direction", "inbound,local", "direction IN ('inbound', 'local')"),
+    ("direction", "inbound,outbound,local", "direction IS NOT NULL"),
     ("leg", "b", "leg = 'b'"),
     ("accountcode", "alpha.example.com", "accountcode = 'alpha.example.com'"),
     ("caller_id_name", 'O\'Brien, "Bob" & Sons', "caller_id_name = 'O''Brien, \"Bob\" & Sons'"),
@@ -215,6 +218,11 @@ FILTERS = [
     ("answered", "false", f"({ANSWERED}) IS NOT TRUE"),
     ("min_billsec", "60", "billsec <> 'NaN' AND billsec >= 60"),
     ("min_billsec", "0", "true"),
+    ("destination_prefix", "1", "destination_number LIKE '1%'"),
+    ("destination_prefix", "1555", "destination_number LIKE '1555%'"),
+    ("source_prefix", "+1", "source_number LIKE '+1%'"),
+    ("source_prefix", " 1555", "source_number LIKE '+1555%'"),  # a "+" that was not escaped in a URL
+    ("source_prefix", "10", "source_number LIKE '10%'"),
     ("billable_only", "false", "true"),
     (
         "billable_only",
@@ -238,7 +246,7 @@ def test_every_filter_is_a_placeholder_of_the_statement_that_reads_calls() -> No
     """One that is not would be accepted and ignored: every call, as if it had not been asked for."""
     statement = STATEMENTS["matching_calls"].as_string()
     for name in cdr.selection.FILTERS:
-        assert f"%({name})s" in statement, name
+        assert f"%({name})s" in (STATEMENTS[name].as_string() if name in cdr.selection.PREFIXES else statement), name
 
 
 def test_every_filter_has_a_value_above_that_separates_calls(database: Database, client: Client) -> None:
@@ -249,6 +257,69 @@ def test_every_filter_has_a_value_above_that_separates_calls(database: Database,
         name for name, value in tried if 0 < len(client.calls(fields="xml_cdr_uuid", **{name: value})) < every
     }
     assert separating == set(cdr.selection.FILTERS)
+
+
+@pytest.mark.parametrize("name", cdr.selection.PREFIXES)
+@pytest.mark.parametrize(
+    "prefix", ["", "%", "4%", "_", "49_", "\\", "+-1", "++1", "1+", "abc", "*98", "４９", "1" * 33]
+)
+def test_bad_prefixes(client: Client, name: str, prefix: str) -> None:
+    response = client.get("/api/calls", domain_name="alpha.example.com", **{name: prefix})
+    assert response.status_code == 422
+    assert list(problem(response)["data"]) == [name]
+
+
+@pytest.mark.parametrize("directions", ["inbound,", ",inbound", ",", "inbound,,local", "inbound,inbound"])
+def test_bad_lists_of_directions(client: Client, directions: str) -> None:
+    response = client.get("/api/calls", domain_name="alpha.example.com", direction=directions)
+    assert response.status_code == 422
+    assert list(problem(response)["data"]) == ["direction"]
+
+
+def test_a_cursor_belongs_to_its_prefix_and_directions(client: Client) -> None:
+    asked = {"domain_name": "alpha.example.com", "destination_prefix": "1", "direction": "inbound,outbound"}
+    page = client.get("/api/calls", **asked, limit="1")
+    following = page.headers["Link"].partition(">")[0][1:]
+    assert client.send("GET", following).status_code == 200
+    after = following.partition("after=")[2]
+    for other in ({"destination_prefix": "15"}, {"direction": "inbound"}, {"source_prefix": "1"}):
+        assert client.get("/api/calls", **asked | other, limit="1", after=after).status_code == 422
+    feed = {"from": "2026-01-01", "destination_prefix": "1"}
+    cursor = client.get("/api/call_feed", **feed).headers["X-Next-Cursor"]
+    assert client.get("/api/call_feed", cursor=cursor, destination_prefix="1").status_code == 200
+    assert client.get("/api/call_feed", cursor=cursor, destination_prefix="15").status_code == 410
+
+
+@pytest.mark.parametrize("release", demo.RELEASES)
+def test_prefixes_and_directions_count_on_every_route(make_database: DatabaseMaker, release: str) -> None:
+    database = make_database(release)
+    for number, source, direction in (
+        ("4930123", "101", "outbound"),
+        ("4940123", "+49891", "outbound"),
+        ("+4930123", "102", "outbound"),
+        ("493", "103", "local"),
+        ("0049", "104", "inbound"),
+        ("%", "_", "inbound"),
+        (None, None, None),
+    ):
+        values = {"destination_number": number, "source_number": source, "direction": direction}
+        database.insert_call(**values, start_stamp="2026-02-03 09:59:00+00", billsec=60)
+    client = database.client(database.account("alpha.example.com"))
+    february = {"month": "2026-02", "domain_name": "alpha.example.com"}
+    hours = {"date": "2026-02-03T09", "resolution": "60"}
+    filters: dict[str, dict[str, str]] = {
+        "2": {"destination_prefix": "493"},
+        "1": {"destination_prefix": "493", "direction": "local"},
+        "3": {"source_prefix": "10", "direction": "outbound,local"},
+    }
+    for count, asked in filters.items():
+        assert len(client.calls(**asked)) == int(count)
+        assert len(client.get("/api/call_range", **february, **asked).get_json()) == int(count)
+        assert len(client.get("/api/call_feed", **{"from": "2026-01-01"}, **asked).get_json()) == int(count)
+        assert client.get("/api/call_totals", **february, **asked).get_json()[0]["calls"] == int(count)
+        for kind, column in (("concurrent", "active_calls"), ("active", "total")):
+            rows = client.get(f"/api/{kind}_calls_by_domain", **hours, **asked).get_json()
+            assert [row[column] for row in rows] == [int(count)]
 
 
 def test_answered_means_what_billsec_shows(database: Database) -> None:

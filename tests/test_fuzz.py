@@ -38,9 +38,11 @@ from cdr.parsing import (
     check_text,
     integer_between,
     one_of,
+    parse_choices,
     parse_flag,
     parse_names,
     parse_pairs,
+    parse_prefix,
     parse_text,
     parse_uuid,
     parse_uuids,
@@ -140,6 +142,16 @@ PARSERS = {
     ),
     "parse_fields": Parser(parse_fields, ["xml", ",".join(FIELDS)], is_a_list_of([*FIELDS, *MORE_FIELDS])),
     "parse_groups": Parser(cdr_api.parse_groups, ["day", "domain_name,hour"], is_a_list_of(cdr_api.GROUPS)),
+    "parse_prefix": Parser(
+        parse_prefix,
+        ["49", "+4930", " 49", "+", "0" * 32],
+        lambda text, value: bool(re.fullmatch("[+]?[0-9]{0,32}", value)) and value == text.replace(" ", "+") != "",
+    ),
+    "parse_choices": Parser(
+        parse_choices,
+        ["", "inbound", "inbound,local"],
+        lambda text, value: value == text and ("," not in text or all(text.split(","))),
+    ),
     "parse_flag": Parser(parse_flag, ["true", "false"], lambda text, value: text == str(value).lower()),
     "parse_text": Parser(parse_text, ["", "a"], lambda text, value: value == text and "\0" not in value),
     "parse_email": Parser(
@@ -521,6 +533,9 @@ GOOD = {
     "answered": "true",
     "min_billsec": "5",
     "billable_only": "true",
+    "destination_prefix": "1",
+    "source_prefix": "1",
+    "order": "desc",
 }
 
 

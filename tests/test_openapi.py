@@ -30,7 +30,7 @@ from werkzeug.test import TestResponse
 
 import cdr
 import cdr_api
-from cdr.parsing import SECRETS_IN_QUERY, Parsers, parse_flag, parse_uuid, parse_zone
+from cdr.parsing import SECRETS_IN_QUERY, Parsers, parse_choices, parse_flag, parse_prefix, parse_uuid, parse_zone
 from cdr.ranges import parse_moment, parse_month
 from cdr.selection import BOOLEANS, FIELDS, FILTERS, INTEGERS, MORE_FIELDS, NUMBERS, STRINGS, parse_fields
 from cdr.stream import FORMATS
@@ -270,6 +270,8 @@ def check_kind(parse: Callable[[str], Any], schema: dict[str, Any]) -> None:
         parse_flag: {"type": "boolean"},
         parse_moment: SCHEMAS["Moment"],
         parse_month: SCHEMAS["Month"],
+        parse_prefix: SCHEMAS["Prefix"],
+        parse_choices: COMPONENTS["parameters"]["Direction"]["schema"],
         parse_fields: SCHEMAS["FieldList"],
         cdr_api.parse_groups: SCHEMAS["GroupList"],
         parse_uuid: {"type": "string", "format": "uuid"},
@@ -298,7 +300,7 @@ def test_defaults_are_what_the_code_does_without_them(client: Client) -> None:
     """Only where sending it is the same as leaving it out: generators send defaults."""
     parameters = [(o.name, name, p["schema"]) for o in OPERATIONS for name, p in o.parameters.items()]
     described = {(route, name): schema["default"] for route, name, schema in parameters if "default" in schema}
-    assert {name for _, name in described} == {"by", "resolution"}
+    assert {name for _, name in described} == {"by", "order", "resolution"}
     for (name, parameter), value in described.items():
         operation = BY_NAME[name]
         query = {n: p["example"] for n, p in operation.parameters.items() if "example" in p}
@@ -722,6 +724,7 @@ RULES = [
     r"\w+ must not hold a NUL character\.",
     r"\w+ must be valid (UTF-8|Unicode)\.",
     r"to must be at most 31 days after from\.",
+    r"direction must be one value, or different ones with commas between them\.",
     r"month must be a month such as 2026-10\.",  # of the year 0
     r"name must be 1 to 255 printable characters\.",
     r"email must be an e-mail address of at most 254 ASCII characters\.",

@@ -1,0 +1,194 @@
+"""order=desc: the same calls, the newest first, by the same index read backwards."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.rows import dict_row
+
+import demo
+from cdr.selection import FIRST_UUID, LAST_UUID, Domains, Selection, Source, compose_select
+from tests.conftest import Client, Database, DatabaseMaker, problem
+from tests.shapes import T1, T2, granted, set_domains
+
+ALPHA_UUID = "00000000-0000-4000-8000-0000000000aa"
+MINE = {"domain_name": "alpha.example.com", "fields": "xml_cdr_uuid,end_stamp"}
+AUTUMN = {"from": "2026-09-01", "to": "2026-10-31"}
+
+
+@pytest.fixture(scope="module")
+def database(make_database: DatabaseMaker) -> Database:
+    database = make_database(calls=1000, index=True)
+    # Equal stamps in the way of a page's end, and calls that never got one.
+    database.execute("UPDATE v_xml_cdr SET end_stamp = date_trunc('day', end_stamp) WHERE billsec = 0")
+    for _ in range(7):
+        database.insert_call(end_stamp=None)
+    return database
+
+
+def read_descending(client: Client, path: str, **parameters: Any) -> list[str]:
+    """The uuids along the Link headers."""
+    found: list[str] = []
+    response = client.get(path, **MINE | {"order": "desc"} | parameters)
+    while True:
+        assert response.status_code == 200, response.text
+        page = [call["xml_cdr_uuid"] for call in json.loads(response.data)]
+        assert len(page) <= int(parameters.get("limit", 10**6))
+        found += page
+        if "Link" not in response.headers:
+            return found
+        response = client.send("GET", response.headers["Link"].partition(">")[0][1:])
+
+
+def turn_round(calls: list[dict[str, Any]]) -> list[str]:
+    """The uuids of calls in the usual order, the newest first; those without an end stamp still come last."""
+    dated = [call["xml_cdr_uuid"] for call in calls if call["end_stamp"]]
+    undated = [call["xml_cdr_uuid"] for call in calls if not call["end_stamp"]]
+    return dated[::-1] + undated[::-1]
+
+
+@pytest.mark.parametrize("limit", [None, 1, 3, 100, 100_000])
+@pytest.mark.parametrize(
+    ("path", "parameters"),
+    [
+        ("/api/calls", {}),
+        ("/api/call_range", AUTUMN),
+        ("/api/call_range", AUTUMN | {"by": "start", "direction": "inbound"}),
+        ("/api/call_range", {"from": "2026-11-18", "to": "2026-11-18"}),
+    ],
+    ids=["calls", "range", "range by start, inbound", "few"],
+)
+def test_pages_are_the_whole_answer_from_its_end(
+    client: Client, path: str, parameters: dict[str, str], limit: int | None
+) -> None:
+    if limit == 1:
+        parameters = parameters | {"hangup_cause": "USER_BUSY"}
+    whole = client.get(path, **MINE | parameters).get_json()
+    assert whole == client.get(path, **MINE | parameters, order="asc").get_json()
+    more = {"limit": limit} if limit else {}
+    assert read_descending(client, path, **parameters, **more) == turn_round(whole)
+
+
+def test_the_newest_calls_of_a_domain_are_one_short_page(client: Client) -> None:
+    newest = client.get("/api/calls", **MINE, order="desc", limit="20").get_json()
+    assert len(newest) == 20
+    stamps = [call["end_stamp"] for call in newest]
+    assert stamps == sorted(stamps, reverse=True)
+    assert stamps[0] == max(call["end_stamp"] or "" for call in client.calls())
+
+
+def test_after_without_a_limit_is_all_the_rest(client: Client) -> None:
+    page = client.get("/api/calls", **MINE, order="desc", limit="10")
+    after = page.headers["Link"].partition("after=")[2].partition(">")[0]
+    rest = client.get("/api/calls", **MINE, order="desc", after=after).get_json()
+    assert page.get_json() + rest == client.get("/api/calls", **MINE, order="desc").get_json()
+
+
+def test_every_format_has_the_same_order(client: Client) -> None:
+    expected = read_descending(client, "/api/call_range", **AUTUMN)
+    lines = client.get("/api/call_range", **MINE | AUTUMN, order="desc", format="ndjson").text.splitlines()
+    assert [json.loads(line)["xml_cdr_uuid"] for line in lines] == expected
+    rows = client.get("/api/call_range", **MINE | AUTUMN, order="desc", format="csv").text.splitlines()
+    assert [row.partition(",")[0] for row in rows] == ["xml_cdr_uuid", *expected]
+
+
+def test_a_cursor_belongs_to_its_order(client: Client) -> None:
+    for order, other in (("asc", "desc"), ("desc", "asc")):
+        page = client.get("/api/calls", **MINE, order=order, limit="10")
+        after = page.headers["Link"].partition("after=")[2].partition(">")[0]
+        response = client.get("/api/calls", **MINE, order=other, limit="10", after=after)
+        assert (response.status_code, list(problem(response)["data"])) == (422, ["after"])
+
+
+def test_what_has_no_order_refuses_one(client: Client) -> None:
+    for order in ("", "newest", "DESC"):
+        response = client.get("/api/calls", **MINE, order=order)
+        assert (response.status_code, list(problem(response)["data"])) == (422, ["order"])
+    for path in ("/api/call_feed", "/api/call_totals", "/api/concurrent_calls_by_domain"):
+        assert "order is not a parameter of this route." in problem(client.get(path, order="desc"))["message"]
+
+
+def test_paging_meets_every_call_once_while_calls_arrive(make_database: DatabaseMaker) -> None:
+    database = make_database(calls=800, index=True)
+    client = database.client(database.account("alpha.example.com"))
+    before = {call["xml_cdr_uuid"] for call in client.calls()}
+    stop = threading.Event()
+    stored: list[str] = []
+
+    def arrive() -> None:
+        chance = random.Random(1)
+        while not stop.is_set():
+            day = chance.randint(1, 28)
+            stored.append(database.insert_call(end_stamp=f"2026-09-{day:02} {chance.randint(0, 23):02}:00:00+00"))
+
+    writer = threading.Thread(target=arrive)
+    writer.start()
+    try:
+        uuids = read_descending(client, "/api/calls", limit=20)
+    finally:
+        stop.set()
+        writer.join()
+    assert stored
+    assert len(uuids) == len(set(uuids))
+    assert before <= set(uuids) <= before | set(stored)
+
+
+@pytest.mark.parametrize("release", demo.RELEASES)
+def test_it_works_in_every_release(make_database: DatabaseMaker, release: str) -> None:
+    database = make_database(release, calls=300)
+    database.insert_call(end_stamp=None)
+    client = database.client(database.account("alpha.example.com"))
+    for path, parameters in (("/api/calls", {}), ("/api/call_range", AUTUMN)):
+        whole = client.get(path, **MINE | parameters).get_json()
+        assert len(whole) > 20
+        assert read_descending(client, path, **parameters, limit=15) == turn_round(whole)
+
+
+def test_a_name_that_two_domains_bear_is_one_list(make_database: DatabaseMaker) -> None:
+    database = make_database(index=True)
+    set_domains(database)
+    for number in range(9):
+        uuid = (T1, T2)[number % 2]
+        database.insert_call(domain_uuid=uuid, domain_name="x", end_stamp=f"2026-02-03 10:00:0{number % 4}+00")
+    client = database.client(granted(database, T1, T2))
+    twins = {"domain_name": "twin.example.com"}
+    whole = client.get("/api/calls", **MINE | twins).get_json()
+    assert len(whole) == 9
+    assert read_descending(client, "/api/calls", **twins, limit=2) == turn_round(whole)
+
+
+@pytest.mark.parametrize("form", ["calls_with_uuid", "calls_in_parts"])
+def test_the_newest_page_reads_no_more_of_the_index_than_the_oldest(make_database: DatabaseMaker, form: str) -> None:
+    database = make_database(index=True)
+    database.execute(
+        "INSERT INTO v_xml_cdr (xml_cdr_uuid, domain_uuid, end_stamp) SELECT gen_random_uuid(), %s,"
+        " timestamptz '2026-01-01 00:00Z' + i * interval '1 s' FROM generate_series(1, 20000) AS i",
+        [ALPHA_UUID],
+    )
+    database.execute("VACUUM ANALYZE v_xml_cdr")
+
+    def count_blocks(page: Selection) -> int:
+        source = Source(form, ordered=True, feed=False, distinct=False, zoned=True)
+        source = source._replace(backwards=page.newest_first, conditions=page.conditions)
+        query = compose_select(("end_stamp", "xml_cdr_uuid"), source)
+        with psycopg.connect(database.dsn, cursor_factory=psycopg.ClientCursor, row_factory=dict_row) as connection:
+            connection.execute("SET enable_sort = off")
+            connection.execute("SET random_page_cost = 1.1")
+            explained = connection.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {query}", page.parameters())
+            plan = explained.fetchall()[0]["QUERY PLAN"][0]["Plan"]
+        assert plan["Actual Rows"] == 10
+        return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+
+    oldest = Selection(Domains([ALPHA_UUID], [""], [""]), part="dated", limit=10)
+    newest = Selection(Domains([ALPHA_UUID], [""], [""]), part="dated", limit=10, newest_first=True)
+    middle = newest.behind(("2026-01-01 03:00Z", FIRST_UUID))
+    bounded = Selection(
+        newest.domains, part="dated", limit=10, newest_first=True, after=("2026-01-01 02:00Z", LAST_UUID)
+    )
+    for page in (newest, middle, bounded, bounded.behind(("2026-01-01 03:00Z", FIRST_UUID))):
+        assert count_blocks(page) <= count_blocks(oldest) + 5
