@@ -10,7 +10,7 @@ Read it from top to bottom, as a request goes:
     Tenant gate      the bearer token's account, and which domains it may read
     Auth routes      register, login, logout
     Answers          calls as a stream, or in one piece if they are few
-    Call routes      calls, call_range, domains, call_feed, call_totals, call_lookup, peaks and activity
+    Call routes      calls, call, call_legs, call_range, domains, call_feed, call_totals, call_lookup, peaks, activity
     Health           health
 
 A route is three steps: its parameters, one named statement of queries.sql, the answer.
@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Any
@@ -43,6 +43,7 @@ from cdr.clients import Client
 from cdr.cursors import read_cursor, write_cursor
 from cdr.database import PooledConnection
 from cdr.errors import ApiError, envelope, from_database, refuse, unexpected
+from cdr.legs import find_legs
 from cdr.parsing import (
     Parsers,
     integer_between,
@@ -574,6 +575,48 @@ def read_calls(
     if not values["limit"]:
         return copy_calls(connection, parts, output, fields, csv_safe=csv_safe), None
     return copy_page(connection, find_windows(connection, parts[0], width), output, fields, csv_safe=csv_safe)
+
+
+CALL: dict[str, Any] = {"tz": parse_zone, "fields": parse_fields, **FORMAT}
+
+
+@api.get("/calls/<uuid>")
+@tokens.login_required
+def call(uuid: str) -> Response:
+    values = read_query(CALL)
+    output = choose_format(values)
+    alone = replace(output, opening=b"", closing=b"\n") if output.shows_end else output
+    return answer_belonging(
+        uuid, values, alone, lambda connection, own: [str(key) for _, key in find_keys(connection, own)]
+    )
+
+
+@api.get("/calls/<uuid>/legs")
+@tokens.login_required
+def call_legs(uuid: str) -> Response:
+    values = read_query(CALL)
+    return answer_belonging(uuid, values, choose_format(values), find_legs)
+
+
+def answer_belonging(
+    uuid: str,
+    values: Mapping[str, Any],
+    output: Format,
+    find: Callable[[PooledConnection, Selection], list[str]],
+) -> Response:
+    """The calls whose uuids are found for a call; ApiError 404, the same for a foreign one, if there are none."""
+    fields, csv_safe = values["fields"] or FIELDS, bool(values["csv_safe"])
+    key = parse_uuid(uuid) if is_uuid(uuid) else None
+    selection = replace(select(dict.fromkeys(CALLS)), uuids=[key] if key else [])
+    with service().reading(current_account().account_id, client(), sort=True, zone=values["tz"]) as connection:
+        uuids = find(connection, selection) if key else []
+        if not uuids:
+            raise ApiError(404, "There is no such call among those that this account may read.")
+        parts = replace(selection, uuids=uuids).parts(None, None)
+        stream = CallStream(
+            service(), connection, copy_calls(connection, parts, output, fields, csv_safe=csv_safe), output, fields
+        )
+    return answer_stream(stream, {})
 
 
 @api.get("/domains")

@@ -95,6 +95,23 @@ SELECT (page.told_uuid IS NOT NULL) || head.following AS told, {columns}
 -- No statement but a condition: {query} has a row.
 EXISTS ({query})
 
+-- name: select_links
+-- One row is a leg of {matching_calls}, and the channels that it names, its own among them; with channels only a leg
+-- that names one of them, and no more than most. Its domain_name leaves the database as its bytes in hex, for it may
+-- not be text; a bridge_uuid may be anything. Of stamps only those that are a time.
+SELECT xml_cdr_uuid::text AS uuid, domain_uuid::text AS domain_uuid,
+       encode(convert_to(domain_name, getdatabaseencoding()), 'hex') AS domain_name,
+       array_remove(named.channels, NULL) AS channels,
+       CASE WHEN start_at > '1970-01-02 00:00+00' AND start_at < '9999-01-01 00:00+00' THEN start_at END AS start,
+       CASE WHEN end_at > '1970-01-02 00:00+00' AND end_at < '9999-01-01 00:00+00' THEN end_at END AS end
+  FROM {matching_calls} AS calls
+ CROSS JOIN LATERAL (
+       SELECT ARRAY[xml_cdr_uuid::text, originating_leg_uuid::text, cc_member_session_uuid::text,
+                    CASE WHEN bridge_uuid ~ '^[0-9a-f]{{8}}(-[0-9a-f]{{4}}){{3}}-[0-9a-f]{{12}}$' THEN bridge_uuid END
+                   ] AS channels) AS named
+ WHERE %(channels)s::text[] IS NULL OR named.channels && %(channels)s::text[]
+ LIMIT %(most)s;
+
 -- name: as_json
 -- A row of {query} is a row here, in one column of JSON. For calls that takes four
 -- times as long as COPY does, but unlike COPY this can be prepared: of few calls, to

@@ -16,6 +16,7 @@ it on. Each file is one subject, and imports only those before it in this list:
     rates        how many requests a token may make
     service      what a worker holds, and the transaction of an answer
     selection    which calls are asked for, and their statement
+    legs         which calls belong together
     accounts     accounts, tokens and the domains they open, attempts at a login
     stream       rows of COPY as a format, batch by batch
     short        few calls by a prepared statement, in one round trip

@@ -121,10 +121,13 @@ BODIES = {
 }
 
 
+NO_CALL = "00000000-0000-4000-8000-0000000000db"  # FusionPBX's own server refuses what ends in db
+
+
 def routes(app: Flask) -> list[tuple[str, str]]:
     rules = list(app.url_map.iter_rules())
     return [
-        (method, rule.rule.replace("<name>", "docs.js"))
+        (method, rule.rule.replace("<name>", "docs.js").replace("<uuid>", NO_CALL))
         for rule in rules
         for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"})
     ]
@@ -147,7 +150,8 @@ def test_every_route_answers_as_it_does_without_nginx(database: Database, nginx:
         email = f"{way}{path.replace('/', '-')}@example.com"
         token = database.account(ALPHA, email=f"new{email}" if path == "/api/register" else email)
         response = send_route(nginx, way, method, path, email, token)
-        assert response.status_code == (201 if path == "/api/register" else 200), (path, response.text)
+        expected = 201 if path == "/api/register" else 404 if NO_CALL in path else 200
+        assert response.status_code == expected, (path, response.text)
         if path in QUERIES:
             assert response.data == database.client(token, app).get(path, **QUERIES.get(path, {})).data
 
@@ -465,7 +469,7 @@ def test_the_ninth_answer_at_once_is_429(database: Database, nginx: Nginx, token
         for m, path in routes(database.app())
         if path not in SMALL and not re.match("/api/(docs|usage|assets)", path)
     ]
-    assert len(large) == 8
+    assert len(large) == 10
     url = proxied_calls(nginx, ALPHA, limit="1")
     # Of several accounts, since the service counts by account.
     commands = [nginx.command(url, "-i", token=database.account(ALPHA)) for _ in range(8)]

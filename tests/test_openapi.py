@@ -72,6 +72,11 @@ class Operation:
         return str(self.content["operationId"])
 
     @property
+    def rule(self) -> str:
+        """The path as Flask writes it."""
+        return self.path.replace("{", "<").replace("}", ">")
+
+    @property
     def parameters(self) -> dict[str, dict[str, Any]]:
         return {p["name"]: p for p in map(resolve, self.content["parameters"]) if p["in"] == "query"}
 
@@ -175,16 +180,18 @@ def test_it_has_every_route_and_method_and_no_other(app: Flask) -> None:
         for method in rule.methods or set()
         if method not in ("HEAD", "OPTIONS") and not PAGES.fullmatch(rule.rule)
     }
-    assert {(operation.path, operation.method) for operation in OPERATIONS} == routes
+    assert {(operation.rule, operation.method) for operation in OPERATIONS} == routes
 
 
 def test_operations_are_named_as_the_functions(app: Flask) -> None:
     named = {rule.rule: rule.endpoint.rpartition(".")[2] for rule in app.url_map.iter_rules()}
-    assert {operation.path: operation.name for operation in OPERATIONS}.items() <= named.items()
+    assert {operation.rule: operation.name for operation in OPERATIONS}.items() <= named.items()
 
 
 PARSERS: dict[str, Parsers] = {
     "calls": cdr_api.CALLS,
+    "call": cdr_api.CALL,
+    "call_legs": cdr_api.CALL,
     "call_range": cdr_api.CALL_RANGE,
     "call_feed": cdr_api.FEED,
     "call_totals": cdr_api.TOTALS,
@@ -404,7 +411,7 @@ def test_each_route_has_the_statuses_of_what_it_does(operation: Operation) -> No
     assert {400, 405, 414, 422, 429, 431, 500, 503} <= found
     assert (401 in found) == (protected or operation.name == "login")
     assert (403 in found) == ("domain_name" in names or operation.name == "register")
-    assert (404 in found) == ("domain_name" in names)
+    assert (404 in found) == ("domain_name" in names or "{uuid}" in operation.path)
     assert ({406, 426} <= found) == ("format" in names)
     assert (410 in found) == ("cursor" in names)
     assert ({413, 415} <= found) == bool(operation.bodies)
@@ -553,6 +560,17 @@ def ask_a_view(stage: Stage) -> TestResponse:
     return database.client(database.account(ALPHA)).get("/api/call_feed", **{"from": "2026-01-01"})
 
 
+def ask_for_too_many_legs(stage: Stage) -> TestResponse:
+    database = stage.make_database()
+    caller = database.insert_call()
+    database.execute(
+        "INSERT INTO v_xml_cdr (xml_cdr_uuid, domain_name, end_stamp, originating_leg_uuid)"
+        " SELECT gen_random_uuid(), %s, '2026-02-03 10:00Z', %s FROM generate_series(1, 1000)",
+        [ALPHA, caller],
+    )
+    return database.client(database.account(ALPHA)).get(f"/api/calls/{caller}/legs")
+
+
 def ask_when_it_is_slow(stage: Stage) -> TestResponse:
     client = Client(stage.database.app(CDR_API_STATEMENT_TIMEOUT="50ms"), stage.client.token)
     with slow(stage.database.execute, 0.1):
@@ -564,6 +582,7 @@ def get(path: str, **parameters: Any) -> Callable[[Stage], TestResponse]:
 
 
 FEW = {"domain_name": ALPHA, "fields": "end_stamp,direction,destination_number,billsec"}
+ONE = "8e65cddc-bc3b-c3af-ec1e-26f2eed41062"
 JANUARY = {"from": "2026-01-01", "to": "2026-01-31"}
 NOON = {"date": "2026-01-31T12", "domain_name": ALPHA}
 NO_DATABASE = {"CDR_API_DSN": "host=127.0.0.1 port=9 dbname=x", "CDR_API_POOL_TIMEOUT": "500ms"}
@@ -578,6 +597,8 @@ REQUESTS: dict[str, Callable[[Stage], TestResponse]] = {
     "calls 200 all_fields": get("/api/calls", domain_name=ALPHA, answered="true"),
     "calls 200 ndjson": get("/api/calls", **FEW, format="ndjson"),
     "calls 200 csv": get("/api/calls", **FEW, format="csv"),
+    "call 200 call": get(f"/api/calls/{ONE}", fields="xml_cdr_uuid,end_stamp,billsec"),
+    "call_legs 200 legs": get(f"/api/calls/{ONE}/legs", fields="xml_cdr_uuid,originating_leg_uuid"),
     "call_range 200 some_fields": get("/api/call_range", **FEW, **JANUARY),
     "call_range 200 ndjson": get("/api/call_range", **FEW, **JANUARY, format="ndjson"),
     "call_range 200 csv": get("/api/call_range", **FEW, **JANUARY, format="csv"),
@@ -601,6 +622,8 @@ REQUESTS: dict[str, Callable[[Stage], TestResponse]] = {
     "not_found": lambda stage: stage.database.client(stage.database.account(all_domains=True)).get(
         "/api/calls", domain_name="nowhere.example.com"
     ),
+    "no_such_call": get("/api/calls/00000000-0000-4000-8000-000000000000"),
+    "too_many_legs": ask_for_too_many_legs,
     "method_not_allowed": lambda stage: stage.client.post("/api/calls"),
     "not_acceptable": get("/api/calls", domain_name=ALPHA, format="xml"),
     "conflict": ask_a_view,
