@@ -192,7 +192,7 @@ def harden(response: Response) -> Response:
 
 EXPOSED_HEADERS = (
     "Link, RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset, Retry-After, "
-    "X-Complete-Through, X-Next-Cursor, X-Request-ID"
+    "X-Complete-Through, X-More-Waiting, X-Next-Cursor, X-Request-ID, X-Restart-From"
 )
 
 
@@ -661,7 +661,8 @@ def call_feed() -> Response:
         stream = CallStream(service(), connection, rows, output, fields)
     following = window.following(key)
     text = write_cursor(service().secret, "feed", asdict(following))
-    headers = {"X-Next-Cursor": text, **link("cursor", text)}
+    more_waiting = "true" if window.may_be_continued(key) else "false"
+    headers = {"X-Next-Cursor": text, "X-More-Waiting": more_waiting, **link("cursor", text)}
     if is_known:
         headers["X-Complete-Through"] = following.through
     return answer_stream(stream, headers)

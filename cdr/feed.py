@@ -129,7 +129,8 @@ def gone(since: str, reason: str) -> NoReturn:
         "the older calls of a domain that is new to you need a from of their own"
     )
     resync = {"from": since, "how": how}
-    raise ApiError(410, f"{reason}: start again with from=; calls that you have come again.", resync)
+    headers = {"X-Restart-From": since}
+    raise ApiError(410, f"{reason}: start again with from=; calls that you have come again.", resync, headers)
 
 
 def check_purpose(cursor: FeedCursor, account: Account, selection: Selection, snapshot: Mapping[str, Any]) -> None:
@@ -232,6 +233,10 @@ class Window:
     def width(self) -> timedelta:
         """In which the next page is looked for: it is likely to be as wide as the one before, or half as wide again."""
         return timedelta(seconds=self.cursor.width * 1.5) if self.cursor.width else FIRST_WINDOW
+
+    def may_be_continued(self, key: Key | None) -> bool:
+        """Whether a poll right after this one may find calls: the rest of the window after a key, or newer ones."""
+        return key is not None or self.snapshot["horizon"] > (self.cursor.high or 0)
 
     def following(self, key: Key | None) -> FeedCursor:
         """The cursor of the next poll: after a key, or (None) after the window, which was delivered whole.

@@ -49,6 +49,19 @@ def stored(database: Database, where: str) -> set[str]:
     return {row[0] for row in database.execute(f"SELECT xml_cdr_uuid::text FROM v_xml_cdr WHERE {where}")}
 
 
+def drain_as_told(client: Client, place: dict[str, str], **parameters: Any) -> tuple[list[str], str]:
+    """The uuids of all polls while X-More-Waiting is true, and the last cursor."""
+    found: list[str] = []
+    while True:
+        response = client.get("/api/call_feed", fields="xml_cdr_uuid", **place, **parameters)
+        assert response.status_code == 200, response.text
+        found += [call["xml_cdr_uuid"] for call in json.loads(response.data)]
+        place = {"cursor": response.headers["X-Next-Cursor"]}
+        if response.headers["X-More-Waiting"] == "false":
+            return found, place["cursor"]
+        assert response.headers["X-More-Waiting"] == "true"
+
+
 MINE = "domain_name IN ('alpha.example.com', 'beta.example.com')"
 
 
@@ -265,3 +278,41 @@ def test_where_no_transaction_has_ended_no_call_is_looked_at(low: int | None, *,
     window = Window(cursor, Selection(Domains(everything=True)), {"now": now}, timedelta(days=45))
     for limit in (None, 5):
         assert {part.possible for part in window.parts(limit)} == {looks}
+
+
+@pytest.mark.parametrize("limit", [1, 7, 100, 100_000])
+def test_a_poller_is_told_whether_to_poll_again_at_once(database: Database, client: Client, limit: int) -> None:
+    narrow = {"direction": "inbound"} if limit == 1 else {}
+    found, cursor = drain_as_told(client, {"from": "2026-01-01"}, limit=limit, **narrow)
+    expected = stored(database, f"{MINE} AND direction = 'inbound'" if narrow else MINE)
+    assert sorted(found) == sorted(expected)
+    assert drain_as_told(client, {"cursor": cursor}, limit=limit, **narrow)[0] == []
+    late = database.insert_call(direction="inbound", domain_name="beta.example.com")
+    assert drain_as_told(client, {"cursor": cursor}, limit=limit, **narrow)[0] == [late]
+
+
+def test_what_is_stored_while_a_window_is_paged_through_is_told_to_be_waiting(
+    database: Database, client: Client
+) -> None:
+    page = client.get("/api/call_feed", **{"from": "2026-01-01", "limit": "100"})
+    late = database.insert_call()
+    found, cursor = drain_as_told(client, {"cursor": page.headers["X-Next-Cursor"]}, limit=100)
+    assert late in found
+    whole = client.get("/api/call_feed", cursor=page.headers["X-Next-Cursor"])  # the rest of the window
+    assert whole.headers["X-More-Waiting"] == "true"
+    assert late not in whole.text
+    assert poll(client, whole.headers["X-Next-Cursor"])[0] == [late]
+    assert client.get("/api/call_feed", cursor=cursor).headers["X-More-Waiting"] == "false"
+
+
+def test_what_an_open_transaction_holds_back_is_not_told_to_be_waiting(database: Database, client: Client) -> None:
+    """Else a poller would poll without a pause until that has ended."""
+    _, cursor = poll(client)
+    with psycopg.connect(database.server.get_uri(database=database.name)) as writer:
+        writer.execute("SELECT txid_current()")
+        late = database.insert_call(end_stamp=datetime.now(UTC))
+        for _ in range(3):
+            response = client.get("/api/call_feed", cursor=cursor, limit="5")
+            assert (response.get_json(), response.headers["X-More-Waiting"]) == ([], "false")
+            cursor = response.headers["X-Next-Cursor"]
+    assert drain_as_told(client, {"cursor": cursor}, limit=5)[0] == [late]

@@ -47,7 +47,7 @@ class Poller:
         """The sentence of a 410, which says where to start again."""
         response = self.ask()
         assert response.status_code == 410, response.text
-        assert problem(response)["data"]["from"]
+        assert problem(response)["data"]["from"] == response.headers["X-Restart-From"]
         return str(problem(response)["message"])
 
 
