@@ -221,8 +221,15 @@ def answer_api_error(error: ApiError) -> Response:
 def answer_http_exception(error: HTTPException) -> Response:
     """The framework's own errors (404, 405, 413, …), their headers kept."""
     headers = {name: value for name, value in error.get_headers() if name not in ("Content-Type", "Content-Length")}
-    message = error.description or error.name
+    message = describe_routes() if error.code == 404 else error.description or error.name
     return answer_api_error(ApiError(error.code or 500, message, headers=headers))
+
+
+def describe_routes() -> str:
+    """What to tell whoever asks for a route that is not there, such as / alone."""
+    root = request.script_root or "/api"
+    page = f"{root}/docs shows those that there are, " if service().settings.pages == "on" else ""
+    return f"There is no such route: {page}{root}/openapi.json describes them."
 
 
 # Parameters -------------------------------------------------------------------

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import html
 import json
 from pathlib import Path
 from urllib.parse import quote
 
-from flask import Blueprint, Flask, Response, request
+from flask import Blueprint, Flask, Response, current_app, request
 from werkzeug.exceptions import NotFound
 
 from cdr.parsing import parse_pairs, read_pairs
+from cdr.service import Service
 from cdr.settings import Settings
 
 description = Blueprint("description", __name__, url_prefix="/api")
@@ -19,15 +21,16 @@ pages = Blueprint("pages", __name__, url_prefix="/api")
 
 DESCRIPTION = json.loads(Path(__file__).with_name("openapi.json").read_text("utf-8"))
 PAGES = Path(__file__).with_name("pages")
-LIBRARIES = ("vendor/chart.umd.min.js", "vendor/swagger-ui-bundle.js", "vendor/swagger-ui.css")
+LIBRARIES = ("vendor/chart.umd.min.js",)
+SCRIPTS = ("docs", "files", "format", "job", "month", "overview", "plots", "session", "table", "usage")
 # The only files of pages/ that are served, by their last names.
-ASSETS = {Path(name).name: name for name in ("docs.js", "icon.svg", "pages.css", "session.js", "usage.js", *LIBRARIES)}
+ASSETS = {Path(name).name: name for name in (*(f"{name}.js" for name in SCRIPTS), "icon.svg", "pages.css", *LIBRARIES)}
 MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 PAGE_HEADERS = {
-    # Nothing from elsewhere and nothing inline. Swagger UI's icons are data: images. Forms are sent by scripts
-    # only, so that a password cannot get into a URL should these not load.
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    # Nothing from elsewhere and nothing inline. Forms are sent by scripts only, so that a password cannot get into
+    # a URL should these not load.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
 }
@@ -61,8 +64,8 @@ def read_page(name: str) -> bytes:
     return (PAGES / name).read_bytes()
 
 
-def answer_page(name: str) -> Response:
-    response = answer_file(read_page(name), MEDIA_TYPES[Path(name).suffix])
+def answer_page(name: str, content: bytes | None = None) -> Response:
+    response = answer_file(content or read_page(name), MEDIA_TYPES[Path(name).suffix])
     response.headers |= PAGE_HEADERS
     return response
 
@@ -74,7 +77,10 @@ def docs() -> Response:
 
 @pages.get("/usage")
 def usage() -> Response:
-    return answer_page("usage.html")
+    """The page, which is told the name of the service's zone: by default months are those of that zone."""
+    service: Service = current_app.extensions["cdr_api"]
+    zone = f'data-zone="{html.escape(service.known_zone)}"'.encode()
+    return answer_page("usage.html", read_page("usage.html").replace(b'data-zone=""', zone))
 
 
 @pages.get("/assets/<name>")

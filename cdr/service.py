@@ -63,11 +63,16 @@ class Service:
         self.accounts = Database(settings.accounts_dsn, settings) if settings.accounts_dsn else self.domains
         self.calls = Database(settings.calls_dsn, settings) if settings.calls_dsn else self.domains
 
+    @property
+    def known_zone(self) -> str:
+        """The name of the service's zone, "" where the database would have to be asked for it."""
+        return self.settings.timezone or zone_at_start
+
     @functools.cached_property
     def time_zone(self) -> str:
         """The name of the zone that stamps are shown and read in."""
-        if self.settings.timezone or zone_at_start:
-            return self.settings.timezone or zone_at_start
+        if self.known_zone:
+            return self.known_zone
         with self.calls.connection() as connection:
             return connection.info.parameter_status("TimeZone") or "UTC"
 

@@ -1,236 +1,283 @@
-// /api/usage: one domain's month in numbers. All of them come from the public routes; nothing is kept.
-import { ApiError, connect, end, readBatches, readJson } from "./session.js";
+// /api/usage: all domains of a month, or one of them. Every number comes from the public routes; nothing is kept.
+//
+// What is shown stands in the URL's fragment (month, domain, tz, calls, round, find, sort), so that a link shows the same
+// view and Back leads back. Controls change the fragment, and whatever changes it leads to follow().
+import { addMonths, count, daysOf, monthName, today, whole } from "./format.js";
+import { saveCalls } from "./files.js";
+import { Job } from "./job.js";
+import { clearMonth, readCalls, readDays, showCalls, showMonth, showRounding } from "./month.js";
+import { activeRows, clearOverview, readOverview, readPeaks, showOverview, showPage, wantsPeaks } from "./overview.js";
+import { connect, readBatches, readJson } from "./session.js";
+import { sum } from "./table.js";
 
-const TOP = 10;
-const COLOURS = { answered: "#2166ac", missed: "#e08214", minutes: "#2a7f86", peak: "#6b4c9a", text: "#44505c", line: "#e3e8ee" };
+const CALLS_AT_ONCE = 200_000; // a month of more calls is read call by call only when that is asked for
+const FILE_FIELDS = "xml_cdr_uuid,domain_name,direction,start_stamp,answer_stamp,end_stamp,duration,billsec,caller_id_name,"
+  + "caller_id_number,source_number,caller_destination,destination_number,accountcode,leg,missed_call,hangup_cause";
 
 const find = (id) => document.getElementById(id);
 const choice = find("choice").elements;
-const whole = new Intl.NumberFormat("en");
-const tenths = new Intl.NumberFormat("en", { minimumFractionDigits: 1, maximumFractionDigits: 1 });
-const percent = new Intl.NumberFormat("en", { style: "percent", maximumFractionDigits: 1 });
-const minutes = (seconds) => tenths.format(Math.round(seconds / 6) / 10); // halves are exact only so
-// Days are dates without a zone: read and written as UTC, they stay what they are.
-const asDate = (format, day) => new Intl.DateTimeFormat("en-GB", { ...format, timeZone: "UTC" }).format(new Date(`${day}T00:00Z`));
-const monthName = (month) => asDate({ month: "long", year: "numeric" }, `${month}-01`);
-const dayName = (day) => asDate({ day: "numeric", month: "long" }, day);
-const sum = (rows, name) => rows.reduce((total, row) => total + row[name], 0);
-const highest = (rows, name) => rows.reduce((best, row) => (row[name] > best[name] ? row : best));
+const reading = new Job(find("reading"));
+const saving = new Job(find("saving"));
+const ownZone = Intl.DateTimeFormat().resolvedOptions().timeZone;
+const serviceZone = document.documentElement.dataset.zone;
 
-// Numbers ---------------------------------------------------------------------
+let domains = null; // of the account, once they are read
+let shown = null; // the view whose numbers are on the page
 
-function daysOf(month) {
-  const [year, number] = month.split("-").map(Number);
-  const count = new Date(Date.UTC(year, number, 0)).getUTCDate();
-  return Array.from({ length: count }, (_, index) => `${month}-${String(index + 1).padStart(2, "0")}`);
+// The view --------------------------------------------------------------------
+
+const DEFAULTS = { month: "", domain: "", tz: "", calls: "billable", round: "", find: "", sort: "" };
+
+function readFragment() {
+  const view = { ...DEFAULTS, ...Object.fromEntries(new URLSearchParams(location.hash.slice(1))) };
+  view.zone = view.tz || serviceZone;
+  if (!/^\d{4}-(0[1-9]|1[0-2])$/.test(view.month)) view.month = currentMonth(view.zone);
+  if (![...choice.rounding.options].some((option) => option.value === view.round)) view.round = "";
+  view.unfinished = view.month === currentMonth(view.zone);
+  return view;
 }
 
-/** A row for each day: calls, answered, missed, seconds, peak, and the interval of that peak. */
-async function readDays(range, days, signal) {
-  const [totals, peaks] = await Promise.all([
-    readJson("call_totals", { ...range, group_by: "day" }, signal),
-    readJson("concurrent_calls_by_domain", { ...range, resolution: "60" }, signal),
-  ]);
-  const rows = new Map(days.map((day) => [day, { day, calls: 0, answered: 0, missed: 0, seconds: 0, peak: 0, when: "" }]));
-  for (const { day, calls, answered, billsec } of totals) {
-    Object.assign(rows.get(day), { calls, answered, missed: calls - answered, seconds: billsec });
+function currentMonth(zone) {
+  try {
+    return today(zone).slice(0, 7);
+  } catch {
+    return today().slice(0, 7); // a zone that the browser does not know
   }
-  for (const { start_interval: start, end_interval: stop, active_calls: peak } of peaks) {
-    const row = rows.get(start.slice(0, 10));
-    if (peak > row.peak) Object.assign(row, { peak, when: `${start.slice(11, 16)} to ${stop.slice(11, 16)}` });
-  }
-  return [...rows.values()];
 }
 
-/** What outbound calls went to, most seconds first; progress is told how many calls were read. */
-async function readDestinations(range, progress, signal) {
-  const found = new Map();
-  let read = 0;
-  const parameters = { ...range, direction: "outbound", fields: "destination_number,billsec" };
-  for await (const batch of readBatches("call_range", parameters, signal)) {
-    for (const { destination_number: number, billsec } of batch) {
-      const row = found.get(number) ?? { number, calls: 0, seconds: 0 };
-      found.set(number, row);
-      row.calls += 1;
-      row.seconds += billsec;
-    }
-    progress((read += batch.length));
-  }
-  return [...found.values()].sort((a, b) => b.seconds - a.seconds || b.calls - a.calls || (a.number < b.number ? -1 : 1));
+function makeFragment(changes) {
+  const view = { ...readFragment(), ...changes };
+  const pairs = Object.entries(DEFAULTS).map(([name, usual]) => [name, view[name], usual]).filter(([, value, usual]) => value !== usual);
+  return `#${new URLSearchParams(pairs.map(([name, value]) => [name, value]))}`;
 }
 
-// Plots -----------------------------------------------------------------------
-
-Object.assign(Chart.defaults, { animation: false, maintainAspectRatio: false, color: COLOURS.text, borderColor: COLOURS.line });
-Chart.defaults.font.family = getComputedStyle(document.body).fontFamily;
-
-function makePlot(id, series, options = {}) {
-  const datasets = series.map(([label, colour]) => ({ label, data: [], backgroundColor: colour, borderRadius: 2, maxBarThickness: 26 }));
-  return new Chart(find(id), {
-    type: "bar",
-    data: { labels: [], datasets },
-    options: {
-      interaction: { mode: "index", intersect: false },
-      plugins: {
-        legend: { display: series.length > 1, align: "end", labels: { boxWidth: 12, boxHeight: 12, padding: 12 } },
-        tooltip: { callbacks: { title: ([item]) => dayName(item.chart.days[item.dataIndex]) } },
-      },
-      scales: {
-        x: { stacked: true, grid: { display: false }, ticks: { maxRotation: 0, autoSkipPadding: 8 } },
-        y: { stacked: true, beginAtZero: true, border: { display: false }, ticks: { maxTicksLimit: 6, ...options } },
-      },
-    },
-  });
+/** Changes the view. What is typed leaves no steps to go back through. */
+function change(changes) {
+  const fragment = makeFragment(changes);
+  if (fragment === location.hash) return;
+  if ("find" in changes || "sort" in changes) history.replaceState(null, "", fragment);
+  else history.pushState(null, "", fragment);
+  follow();
 }
 
-const plots = {
-  calls: makePlot("calls-plot", [["Answered", COLOURS.answered], ["Missed", COLOURS.missed]], { precision: 0 }),
-  minutes: makePlot("minutes-plot", [["Minutes", COLOURS.minutes]]),
-  peak: makePlot("peak-plot", [["Calls at once", COLOURS.peak]], { precision: 0 }),
-};
+const isSame = (a, b) => ["month", "domain", "tz", "calls"].every((name) => a[name] === b[name]);
+const zoneName = (view) => view.zone || "the service's time zone";
+const domainOf = (view) => domains.find(({ key }) => key === view.domain);
+const nameOf = (view) => `${view.domain ? domainOf(view)?.domain_name ?? view.domain : "All domains"}, ${monthName(view.month)}`;
 
-/** Draws columns of the rows and says in words, for who cannot see it, what there is to see. */
-function draw(plot, rows, words, ...columns) {
-  plot.days = rows.map((row) => row.day);
-  plot.data.labels = rows.map((row) => Number(row.day.slice(8)));
-  columns.forEach((column, index) => (plot.data.datasets[index].data = rows.map(column)));
-  plot.canvas.setAttribute("aria-label", `${words} Every day's number is in the table Day by day.`);
-  plot.update();
+function queryOf(view) {
+  const days = daysOf(view.month);
+  const domain = domainOf(view);
+  return {
+    from: days[0], to: days.at(-1), billable_only: String(view.calls !== "all"),
+    ...(view.tz && { tz: view.tz }), ...(domain && { domain_uuid: domain.domain_uuid }),
+  };
 }
-
-// A canvas does not follow the paper by itself.
-addEventListener("beforeprint", () => Object.values(plots).forEach((plot) => (plot === plots.calls ? plot.resize(680, 150) : plot.resize(330, 125))));
-addEventListener("afterprint", () => Object.values(plots).forEach((plot) => plot.resize()));
 
 // The page --------------------------------------------------------------------
 
-function fillRow(row, [head, ...cells]) {
-  row.append(Object.assign(document.createElement("th"), { scope: "row", textContent: head }));
-  for (const text of cells) row.insertCell().textContent = text;
-  return row;
+function fillControls(view) {
+  choice.month.value = view.month;
+  if (![...choice.zone.options].some((option) => option.value === view.tz)) choice.zone.add(new Option(view.tz));
+  choice.zone.value = view.tz;
+  choice.legs.value = view.calls;
+  choice.rounding.value = view.round;
+  if (document.activeElement !== find("find")) find("find").value = view.find;
+  find("rounding").hidden = !view.domain;
+  find("up").hidden = !view.domain || domains.length < 2;
+  find("up").firstElementChild.href = makeFragment({ domain: "" });
 }
 
-function fillTable(part, rows) {
-  part.replaceChildren();
-  return rows.map((cells) => fillRow(part.insertRow(), cells));
-}
-
-const cellsOf = ({ calls, answered, missed, seconds, peak }) => [
-  ...[calls, answered, missed].map((number) => whole.format(number)), minutes(seconds), whole.format(peak),
-];
-
-function showDays(rows) {
-  const total = { ...highest(rows, "peak") };
-  for (const name of ["calls", "answered", "missed", "seconds"]) total[name] = sum(rows, name);
-  const share = (part) => (total.calls ? `${percent.format(part / total.calls)} of the calls` : "");
-  const texts = {
-    calls: whole.format(total.calls), minutes: minutes(total.seconds), peak: whole.format(total.peak),
-    answered: whole.format(total.answered), "answered-share": share(total.answered),
-    missed: whole.format(total.missed), "missed-share": share(total.missed),
-    "peak-when": total.peak ? `on ${dayName(total.day)}, ${total.when}` : "",
-  };
-  for (const [id, text] of Object.entries(texts)) find(id).textContent = text;
-  fillTable(find("days").tBodies[0], rows.map((row) => [asDate({ weekday: "short", day: "numeric" }, row.day), ...cellsOf(row)]));
-  fillTable(find("days").tFoot, [["Month", ...cellsOf(total)]]);
-  const busiest = highest(rows, "calls");
-  const longest = highest(rows, "seconds");
-  draw(plots.calls, rows, `${texts.answered} answered and ${texts.missed} missed calls; most on ${dayName(busiest.day)}: ${busiest.calls}.`,
-    (row) => row.answered, (row) => row.missed);
-  draw(plots.minutes, rows, `${texts.minutes} minutes; most on ${dayName(longest.day)}: ${minutes(longest.seconds)}.`, (row) => row.seconds / 60);
-  draw(plots.peak, rows, `At most ${texts.peak} calls at once ${texts["peak-when"]}.`, (row) => row.peak);
-  return total;
-}
-
-function showDestinations(found) {
-  const top = found.slice(0, TOP);
-  const rows = fillTable(find("destinations").tBodies[0],
-    top.map(({ number, calls, seconds }) => [number ?? "none", whole.format(calls), minutes(seconds)]));
-  top.forEach(({ seconds }, index) => rows[index].style.setProperty("--share", seconds / (top[0].seconds || 1)));
-  find("destinations").hidden = !top.length;
-  find("destinations-note").textContent = top.length
-    ? `The ${whole.format(top.length)} of ${whole.format(found.length)} that outbound calls talked longest to.` : "No outbound calls.";
-}
-
-let current = new AbortController();
-
-async function load() {
-  current.abort();
-  if (!find("choice").checkValidity()) return; // a year that is being typed
-  const { signal } = (current = new AbortController());
-  const { value: domain } = choice.domain, { value: month } = choice.month;
-  const name = `${domain}, ${monthName(month)}`;
-  const days = daysOf(month);
-  const range = { domain_name: domain, from: days[0], to: days.at(-1), billable_only: String(choice.billable_only.checked) };
-  find("problem").textContent = "";
-  find("status").textContent = `Reading ${name} …`;
-  find("report").setAttribute("aria-busy", "true");
-  try {
-    const rows = await readDays(range, days, signal);
-    find("numbers").hidden = false; // before the plots, which have no size else
-    find("destinations").hidden = true;
-    find("destinations-note").textContent = "Reading calls …";
-    const total = showDays(rows);
-    find("title").textContent = `Usage of ${name}`;
-    const found = await readDestinations(range, (read) => {
-      find("destinations-note").textContent = `Reading calls … ${whole.format(read)}`;
-    }, signal);
-    showDestinations(found);
-    find("status").textContent = total.calls ? `${name}: ${whole.format(total.calls)} calls.` : `${name}: no calls.`;
-    find("report").setAttribute("aria-busy", "false");
-  } catch (error) {
-    if (!signal.aborted) fail(error);
-  }
-}
-
-/** Takes the numbers off the page. */
+/** Takes the numbers off the page. It keeps its height meanwhile, so that nothing jumps. */
 function clear() {
-  current.abort();
-  find("numbers").hidden = true;
-  find("title").textContent = "Usage";
-  find("status").textContent = find("problem").textContent = "";
+  find("report").style.minHeight = shown ? `${find("report").offsetHeight}px` : "";
+  shown = null;
+  find("numbers").hidden = find("domains").hidden = true;
+  find("meaning").textContent = "";
+  find("actions").hidden = true;
+  clearMonth();
+  clearOverview();
+}
+
+function startReading() {
+  find("report").setAttribute("aria-busy", "true");
+}
+
+/** Where the keyboard goes on, when what it was at has left the page. */
+function takeFocus(place) {
+  if (document.activeElement === document.body && matchMedia("(pointer: fine)").matches) place.focus({ preventScroll: true });
+}
+
+function rest(sentence) {
+  if (sentence) reading.say(sentence);
+  find("report").style.minHeight = "";
   find("report").setAttribute("aria-busy", "false");
-  for (const part of [find("days").tBodies[0], find("days").tFoot, find("destinations").tBodies[0]]) part.replaceChildren();
 }
 
-function close() {
-  clear();
-  find("report").hidden = true;
+function showFrame(view) {
+  find("actions").hidden = false;
+  find("save-calls").hidden = !view.domain;
+  find("meaning").textContent = `A call counts on the day on which it ended, in ${zoneName(view)}. Minutes are those from the answer on, not rounded`
+    + " unless it says so. Not answered is every call without any; FusionPBX's own missed_call includes calls that voicemail took, and leaves out others."
+    + (view.calls === "all" ? " Every record counts, so a conversation may count several times." : " Billable is one leg of each conversation that can cost money (billable_only).");
 }
 
-function fail(error) {
-  if (error instanceof ApiError && error.status === 401) {
-    close();
-    return end("Your session has ended: log in again.");
+/** Shows what the fragment says; reads only what is not on the page already. */
+function follow() {
+  let view = readFragment();
+  if (!view.domain && domains.length === 1) view = { ...view, domain: domains[0].key };
+  fillControls(view);
+  document.title = `${nameOf(view)} · Usage · CDR API`;
+  find("title").textContent = nameOf(view);
+  if (shown && isSame(shown, view)) {
+    shown = view;
+    if (view.domain) showRounding(view.round);
+    else showPage(listView(view));
+    return;
   }
-  clear();
-  find("problem").textContent = error instanceof ApiError ? error.message : `The answer broke off (${error.message}): try again.`;
+  load(view);
 }
 
-function move(months) {
-  const [year, number] = choice.month.value.split("-").map(Number);
-  if (!year) return;
-  choice.month.value = new Date(Date.UTC(year, number - 1 + months)).toISOString().slice(0, 7);
-  load();
+const listView = (view) => ({ ...view, change, link: makeFragment });
+
+function findNothing(view) {
+  if (!domains.length) return "This account may read no domain yet. The operator of the PBX grants one with: flask user grant";
+  if (view.domain && !domainOf(view)) return `This account reads no domain called ${view.domain}.`;
+  return view.month > currentMonth(view.zone) ? `${monthName(view.month)} has not begun yet.` : "";
+}
+
+async function load(view) {
+  reading.stop();
+  clear();
+  const nothing = findNothing(view);
+  if (nothing) return rest(nothing);
+  startReading();
+  const done = await reading.run(`Reading ${nameOf(view)} …`, () => load(view), (signal) => (view.domain ? loadMonth : loadOverview)(view, signal));
+  if (reading.controller) return; // it reads another view by now
+  if (!done) return rest();
+  if (!shown) return rest(`${view.domain ? "No calls" : "No calls of any domain"} ended in ${monthName(view.month)}.`);
+  await (view.domain ? loadCalls(false) : loadPeaks(false));
+}
+
+// All domains -----------------------------------------------------------------
+
+async function loadOverview(view, signal) {
+  const rows = await readOverview(domains, view.month, queryOf(view), signal, (read) => reading.progress(0, 0, count(read, "line")));
+  if (!rows.some((row) => row.calls || row.callsBefore)) return;
+  find("domains").hidden = false;
+  showOverview(rows, listView(readFragment()));
+  showFrame(view);
+  shown = view;
+  takeFocus(find("find"));
+}
+
+async function loadPeaks(asked) {
+  if (!wantsPeaks() && !asked) return rest();
+  const total = activeRows().length;
+  startReading();
+  await reading.run("Working out the peaks …", () => loadPeaks(true), (signal) =>
+    readPeaks(queryOf(shown), signal, (seen) => reading.progress(seen, total, `${whole(seen)} of ${count(total, "domain")}`)));
+  rest();
+}
+
+// One domain ------------------------------------------------------------------
+
+let totals = null; // the number of calls by the totals that are shown
+
+async function loadMonth(view, signal) {
+  const days = daysOf(view.month);
+  const rows = await readDays(queryOf(view), days, signal);
+  if (!sum(rows, "calls")) return;
+  // Days that are still to come have no numbers.
+  const last = view.unfinished ? rows.findLastIndex((row) => row.calls) : rows.length - 1;
+  find("numbers").hidden = false; // before the plots, which have no size else
+  totals = sum(rows, "calls");
+  shown = view;
+  find("destinations-note").textContent = "";
+  showMonth(rows.slice(0, Math.max(last + 1, view.unfinished ? Number(todayIn(view).slice(8)) : 0)), view.domain, view.round);
+  showFrame(view);
+  takeFocus(choice.month);
+}
+
+function todayIn(view) {
+  try {
+    return today(view.zone);
+  } catch {
+    return today();
+  }
+}
+
+async function loadCalls(asked) {
+  const view = shown;
+  find("read-calls").hidden = true;
+  if (totals > CALLS_AT_ONCE && !asked) {
+    find("destinations-note").textContent = `For this, and to round, ${count(totals, "call")} have to be read one by one.`;
+    find("read-calls").hidden = false;
+    return rest();
+  }
+  find("destinations-note").textContent = "Reading the calls …";
+  startReading();
+  const query = queryOf(view);
+  const done = await reading.run("Reading the calls …", () => loadCalls(true), async (signal) => {
+    const found = await readCalls(query, signal, (read) => reading.progress(read, totals, `${whole(read)} of ${count(totals, "call")}`));
+    const [{ calls: now }] = found.calls === totals ? [{ calls: totals }] : await readJson("call_totals", query, signal);
+    if (shown && isSame(shown, view)) showCalls(found, shown.round, totals, now);
+  });
+  if (!shown || !isSame(shown, view)) return;
+  if (!done) find("destinations-note").textContent = "The calls were not read.";
+  rest();
+}
+
+// A visit ---------------------------------------------------------------------
+
+async function readDomains(signal) {
+  const found = [];
+  for await (const batch of readBatches("domains", {}, signal)) found.push(...batch);
+  const bearers = new Map();
+  for (const { domain_name: name } of found) bearers.set(name, (bearers.get(name) ?? 0) + 1);
+  // What names a domain in the fragment: its name, where no other bears it.
+  return found.map((domain) => ({ ...domain, key: bearers.get(domain.domain_name) === 1 ? domain.domain_name : domain.domain_uuid }));
 }
 
 async function open() {
-  const domains = await readJson("domains");
-  const names = [...new Set(domains.map((domain) => domain.domain_name))];
-  choice.domain.replaceChildren(...names.map((name) => new Option(name)));
   find("report").hidden = false;
-  if (!names.length) {
-    find("problem").textContent = "This account may read no domain yet: ask the operator for a grant.";
-    return;
-  }
-  choice.domain.focus();
-  await load();
+  find("choice").hidden = true;
+  const done = await reading.run("Reading the domains …", open, async (signal) => {
+    domains = await readDomains(signal);
+  });
+  if (!done) return;
+  find("choice").hidden = !domains.length;
+  follow();
 }
 
-const now = new Date();
-choice.month.value = `${now.getFullYear()}-${String(now.getMonth() + 1).padStart(2, "0")}`;
-find("choice").addEventListener("change", load);
-find("choice").addEventListener("submit", (event) => event.preventDefault() ?? load());
-find("previous").addEventListener("click", () => move(-1));
-find("next").addEventListener("click", () => move(1));
+function close() {
+  for (const job of [reading, saving]) job.stop();
+  domains = null;
+  clear();
+  find("report").style.minHeight = "";
+  find("report").hidden = find("up").hidden = true;
+  find("title").textContent = "Usage";
+  document.title = "Usage · CDR API";
+}
+
+function fillZones() {
+  const service = serviceZone ? `Service: ${serviceZone}` : "The service's";
+  choice.zone.replaceChildren(new Option(service, ""), new Option(`Browser: ${ownZone}`, ownZone));
+  for (const zone of Intl.supportedValuesOf("timeZone")) if (zone !== ownZone) choice.zone.add(new Option(zone, zone));
+  if (ownZone !== "UTC") choice.zone.add(new Option("UTC", "UTC"));
+}
+
+fillZones();
+find("choice").addEventListener("change", () => {
+  if (!find("choice").checkValidity()) return; // a year that is being typed
+  change({ month: choice.month.value, tz: choice.zone.value, calls: choice.legs.value, round: choice.rounding.value });
+});
+find("choice").addEventListener("submit", (event) => event.preventDefault());
+find("previous").addEventListener("click", () => change({ month: addMonths(readFragment().month, -1) }));
+find("next").addEventListener("click", () => change({ month: addMonths(readFragment().month, 1) }));
 find("print").addEventListener("click", () => print());
+find("peaks").addEventListener("click", () => loadPeaks(true));
+find("read-calls").addEventListener("click", () => loadCalls(true));
+find("save-calls").addEventListener("click", () => saveCalls(saving, [shown.domain, shown.month], queryOf(shown), FILE_FIELDS));
+addEventListener("hashchange", () => domains && follow());
 connect(open, close);

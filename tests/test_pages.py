@@ -1,37 +1,28 @@
-"""/api/docs and /api/usage in a real browser: what they show, and what they never do."""
+"""The files of pages/, /api/docs in a real browser, and a visit to both pages; /api/usage: see test_usage.py."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
+import subprocess
 import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from cdr_pages import ASSETS, LIBRARIES
+from tests.browsers import DESKTOP, PHONE, READER, Opener, Visit, in_a_browser, launch, opening
 from tests.conftest import PASSWORD, ROOT, Client, Database, Gunicorn, problem, serve, wait_for
-from tests.nginx import NAME, NGINX, run_nginx
+from tests.nginx import NGINX, run_nginx
 
 pytestmark = pytest.mark.direct("is about browsers")
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-in_a_browser = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed (apt install chromium)")
-
 ALPHA = "alpha.example.com"
-EMAIL = "anna@example.com"
-PHONE = {"width": 360, "height": 700}
-DESKTOP = {"width": 1280, "height": 900}
 
 # Files ------------------------------------------------------------------------
 
@@ -47,6 +38,12 @@ def test_the_libraries_are_the_files_that_their_readme_names() -> None:
     found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
     assert named == {name: digest for name, digest in found.items() if name not in ("README.md", "fetch.sh")}
     assert {Path(name).name for name in LIBRARIES} <= set(named)
+
+
+def test_every_script_is_served() -> None:
+    assert {path.name for path in (ROOT / "pages").glob("*.js")} == {
+        name for name in ASSETS if name.endswith(".js")
+    } - {Path(name).name for name in LIBRARIES}
 
 
 @pytest.mark.parametrize("path", FILES)
@@ -76,6 +73,11 @@ def test_no_other_file_is_served(database: Database, name: str) -> None:
     assert database.client().get(f"/api/assets/{name}").status_code == 404
 
 
+def test_the_page_is_told_the_name_of_the_services_zone(database: Database) -> None:
+    page = database.client(app=database.app(CDR_API_TIMEZONE="Asia/Tokyo")).get("/api/usage").text
+    assert '<html lang="en" data-zone="Asia/Tokyo">' in page
+
+
 def test_switched_off_nothing_of_it_is_there(database: Database) -> None:
     client = database.client(app=database.app(CDR_API_PAGES="off"))
     for path in FILES:
@@ -84,95 +86,35 @@ def test_switched_off_nothing_of_it_is_there(database: Database) -> None:
         assert problem(response) == problem(client.get("/api/nothing"))
 
 
+@pytest.mark.parametrize("path", ["/", "/api", "/api/", "/api/nothing"])
+def test_where_there_is_no_route_the_answer_says_where_they_are(database: Database, path: str) -> None:
+    def ask(**settings: str) -> str:
+        response = database.client(app=database.app(**settings)).send(
+            "GET", path, headers={"X-Forwarded-Prefix": "/cdr-api"}
+        )
+        assert response.status_code == 404
+        message: str = problem(response)["message"]
+        return message
+
+    assert ask() == ("There is no such route: /api/docs shows those that there are, /api/openapi.json describes them.")
+    assert ask(CDR_API_PAGES="off") == "There is no such route: /api/openapi.json describes them."
+    assert "/cdr-api/docs shows" in ask(CDR_API_PROXIES="1")
+
+
 # The browser ------------------------------------------------------------------
-
-
-@dataclass
-class Visit:
-    """A page under watch: what its console says and which hosts it asks."""
-
-    page: Page
-    errors: list[str] = field(default_factory=list)
-    hosts: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.page.on("console", self.note_message)
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("request", self.note_request)
-
-    def note_message(self, message: ConsoleMessage) -> None:
-        # The browser itself writes a line for each answer that is not 2xx.
-        if message.type in ("error", "warning") and "the server responded with a status of" not in message.text:
-            self.errors.append(message.text)
-
-    def note_request(self, request: Request) -> None:
-        if not request.url.startswith(("data:", "blob:")):
-            self.hosts.add(urlsplit(request.url).netloc)
-
-    def log_in(self, email: str = EMAIL, password: str = PASSWORD) -> None:
-        self.page.get_by_label("E-mail address").fill(email)
-        self.page.get_by_label("Password").fill(password)
-        self.page.get_by_role("button", name="Log in", exact=True).click()
-
-    def choose_month(self, month: str = "2026-11") -> None:
-        self.page.get_by_label("Month", exact=True).fill(month)
-        self.wait_until_read(datetime.fromisoformat(f"{month}-01").strftime("%B %Y"))
-
-    def wait_until_read(self, title: str) -> None:
-        expect(self.page.get_by_role("heading", level=1)).to_contain_text(title)
-        expect(self.page.locator("#report")).to_have_attribute("aria-busy", "false")
-
-    def rows(self, table: str, part: str = "tBodies[0]") -> list[list[str]]:
-        script = f"[...{table}.{part}.rows].map(row => [...row.cells].map(cell => cell.textContent))"
-        found: list[list[str]] = self.page.evaluate(script)
-        return found
-
-    def violations(self) -> list[tuple[str, Any]]:
-        found = Axe().run(self.page).response["violations"]
-        return [(violation["id"], [node["target"] for node in violation["nodes"]]) for violation in found]
-
-    def is_too_wide(self) -> bool:
-        wide: bool = self.page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")
-        return wide
 
 
 @pytest.fixture(scope="module")
 def gunicorn(database: Database) -> Iterator[Gunicorn]:
-    database.account(ALPHA, "beta.example.com", email=EMAIL)
+    database.account(ALPHA, "beta.example.com", email=READER)
     with serve(database.dsn) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    # Started by root, as in a container, Chromium wants no sandbox.
-    options = ["--no-sandbox", f"--host-resolver-rules=MAP {NAME} 127.0.0.1"]
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+    with launch() as chromium:
         yield chromium
-        chromium.close()
-
-
-@contextmanager
-def opening(browser: Browser, url: str) -> Iterator[Opener]:
-    """Opens pages; in the end none may have asked another host, complained, or broken the policy."""
-    made: list[Visit] = []
-
-    def open_page(path: str, viewport: dict[str, int] = DESKTOP, url: str = url) -> Visit:
-        context = browser.new_context(viewport=viewport, ignore_https_errors=True)  # type: ignore[arg-type]
-        context.set_default_timeout(20_000)
-        made.append(Visit(context.new_page()))
-        made[-1].page.goto(url + path)
-        return made[-1]
-
-    yield open_page
-    for opened in made:
-        opened.page.context.close()
-        assert opened.errors == []
-        assert len(opened.hosts) == 1
-
-
-Opener = Callable[..., Visit]
 
 
 @pytest.fixture
@@ -181,29 +123,9 @@ def visit(browser: Browser, gunicorn: Gunicorn) -> Iterator[Opener]:
         yield opener
 
 
-def open_november(opener: Opener) -> Visit:
-    """/api/usage, logged in, with November 2026 of alpha.example.com."""
-    opened: Visit = opener("/api/usage")
-    opened.log_in()
-    opened.choose_month()
-    return opened
-
-
-@pytest.fixture
-def usage(visit: Opener) -> Visit:
-    return open_november(visit)
-
-
-@pytest.fixture(scope="module")
-def november(browser: Browser, gunicorn: Gunicorn) -> Iterator[Visit]:
-    """For tests that only look."""
-    with opening(browser, gunicorn.url) as opener:
-        yield open_november(opener)
-
-
 def tokens(database: Database) -> int:
     query = "SELECT count(*) FROM cdr_api.tokens JOIN cdr_api.accounts USING (account_id) WHERE email = %s"
-    count: int = database.execute(query, [EMAIL])[0][0]
+    count: int = database.execute(query, [READER])[0][0]
     return count
 
 
@@ -213,160 +135,211 @@ FIELDS = "end_stamp,destination_number,billsec"
 DAY = {"from": "2026-11-17", "to": "2026-11-17"}
 
 
+def open_route(page: Page, name: str) -> Locator:
+    route = page.locator(f"#route-{name}")
+    route.locator("summary").first.click()
+    return route
+
+
+def send(route: Locator) -> str:
+    """Sends what a route's form holds; gives the answer as it is shown."""
+    route.get_by_role("button", name="Send").click()
+    return route.locator(".answer .body").text_content() or ""
+
+
 def try_call_range(page: Page) -> Any:
-    """Fills in and executes call_range; gives what it answers."""
-    block = page.locator("[id$=-call_range]")
-    block.locator(".opblock-summary-control").click()
-    for name, value in {"domain_name": ALPHA, **DAY, "fields": FIELDS}.items():
-        block.locator(f"tr[data-param-name={name}] input").fill(value)
-    with page.expect_response(lambda response: "/call_range?" in response.url) as answer:
-        block.get_by_role("button", name="Execute").click()
-    expect(block.locator(".live-responses-table .response .response-col_status")).to_contain_text(
-        str(answer.value.status)
-    )
-    expect(block.locator(".live-responses-table .response-col_description code").first).to_contain_text("{")
-    return answer.value.json()
+    """Fills in and sends call_range; gives what it answers."""
+    route = open_route(page, "call_range")
+    for name, value in {"domain_name": ALPHA, **DAY, "fields": FIELDS, "limit": ""}.items():
+        route.get_by_label(name, exact=False).and_(route.locator(f"[name={name}]")).fill(value)
+    return json.loads(send(route))
 
 
 @in_a_browser
 def test_docs_log_in_and_try_a_route(database: Database, client: Client, visit: Opener) -> None:
     docs = visit("/api/docs")
     docs.log_in()
-    expect(docs.page.get_by_text(EMAIL, exact=True)).to_be_visible()
+    expect(docs.page.get_by_text(READER, exact=True)).to_be_visible()
     calls = client.call_range("2026-11-17", "2026-11-17", fields=FIELDS)
     assert try_call_range(docs.page) == calls != []
-    expect(docs.page.locator(".live-responses-table")).to_contain_text(calls[0]["end_stamp"])
+    expect(docs.page.locator("#route-call_range .answer")).to_contain_text("200 OK after")
     docs.page.get_by_role("button", name="Log out").click()
-    expect(docs.page.get_by_label("E-mail address")).to_be_focused()
-    docs.page.get_by_role("button", name="Execute").click()
-    expect(docs.page.locator(".live-responses-table")).to_contain_text("A valid bearer token is needed")
+    expect(docs.page.get_by_label("E-mail address").first).to_be_focused()
+    assert "A valid bearer token is needed" in send(docs.page.locator("#route-call_range"))
 
 
 @in_a_browser
 def test_docs_take_a_pasted_token(database: Database, client: Client, visit: Opener) -> None:
     page = visit("/api/docs").page
-    page.get_by_role("button", name="Authorize").click()
-    dialog = page.locator(".dialog-ux")
-    dialog.locator("input").fill(client.token or "")
-    dialog.locator("button.authorize").click()
-    dialog.get_by_role("button", name="Close").last.click()
-    assert try_call_range(page) == client.call_range("2026-11-17", "2026-11-17", fields=FIELDS)
-
-
-# usage ------------------------------------------------------------------------
-
-HELPERS = """(coalesce(leg::text, 'a') <> 'a' OR coalesce(hangup_cause, '') = 'LOSE_RACE'
-              OR (coalesce(cc_side, '') = 'agent' OR originating_leg_uuid IS NOT NULL)
-             AND NOT (direction = 'outbound' AND coalesce(billsec, 0) > 0))"""
-NOVEMBER = "domain_name = 'alpha.example.com' AND end_stamp >= '2026-11-01' AND end_stamp < '2026-12-01'"
-
-
-def count_days(database: Database, condition: str) -> dict[int, list[str]]:
-    """The calls of each day of November as the page writes them, without the peaks."""
-    query = f"""SELECT extract(day FROM end_stamp)::int, count(*), count(*) FILTER (WHERE billsec > 0),
-                count(*) FILTER (WHERE NOT coalesce(billsec, 0) > 0), round(sum(coalesce(billsec, 0)) / 60.0, 1)
-                FROM v_xml_cdr WHERE {NOVEMBER} AND {condition} GROUP BY 1"""
-    return {day: [*(f"{number:,}" for number in numbers), f"{minutes:,.1f}"]
-            for day, *numbers, minutes in database.execute(query)}  # fmt: skip
-
-
-def count_peaks(database: Database, condition: str) -> dict[int, str]:
-    """The most calls at once of each day of November: looked at when any of them begins, and at midnight."""
-    query = f"""SELECT start_stamp, end_stamp FROM v_xml_cdr WHERE domain_name = 'alpha.example.com'
-                AND end_stamp >= '2026-11-01' AND start_stamp < '2026-12-01' AND {condition}"""
-    calls = database.execute(query)
-    first = datetime.fromisoformat("2026-11-01T00:00Z")
-    moments = {first + timedelta(days=day) for day in range(30)} | {start for start, _ in calls if start >= first}
-    peaks: dict[int, int] = defaultdict(int)
-    for moment in moments:
-        day = moment.astimezone(first.tzinfo).day
-        peaks[day] = max(peaks[day], sum(start <= moment < end for start, end in calls))
-    return {day: str(peak) for day, peak in peaks.items()}
+    page.get_by_text("I have a token").click()
+    page.get_by_label("Token").fill(client.token or "")
+    page.get_by_role("button", name="Use it").click()
+    expect(page.get_by_label("Token")).not_to_be_visible()
+    calls = client.call_range("2026-11-17", "2026-11-17", fields=FIELDS)
+    assert try_call_range(page) == calls
+    page.get_by_role("button", name="Log out").click()
+    expect(page.get_by_text("I have a token")).to_be_visible()
+    page.goto("about:blank")
+    assert client.call_range("2026-11-17", "2026-11-17", fields=FIELDS) == calls  # it is as good as before
 
 
 @in_a_browser
-def test_usage_sums_the_month_and_draws_it(database: Database, november: Visit) -> None:
-    query = f"""SELECT count(*), count(*) FILTER (WHERE billsec > 0), round(sum(billsec) / 60.0, 1)
-                FROM v_xml_cdr WHERE {NOVEMBER} AND NOT {HELPERS}"""
-    ((calls, answered, minutes),) = database.execute(query)
-    expected = [f"{calls:,}", f"{answered:,}", f"{calls - answered:,}", f"{minutes:,.1f}"]
-    assert november.rows("days", "tFoot")[0][1:5] == expected
-    assert [
-        november.page.locator(f"#{name}").text_content() for name in ("calls", "answered", "missed", "minutes")
-    ] == expected
-    peak = max(map(int, count_peaks(database, f"NOT {HELPERS}").values()))
-    assert november.page.locator("#peak").text_content() == str(peak)
-    drawn = november.page.evaluate("Chart.getChart('calls-plot').data.datasets.map(set => set.data)")
-    assert [sum(series) for series in drawn] == [answered, calls - answered]
-    expect(
-        november.page.get_by_role("img", name=f"{answered:,} answered and {calls - answered:,} missed")
-    ).to_be_visible()
+def test_a_trial_finds_calls_and_stays_small(database: Database, client: Client, visit: Opener) -> None:
+    """The fields are filled in with a domain and a day that have calls (this month has none), and with a limit."""
+    docs = visit("/api/docs")
+    docs.log_in()
+    route = open_route(docs.page, "call_range")
+    expect(route.locator("[name=from]")).to_have_value("2026-11-18")
+    calls = json.loads(send(route))
+    assert calls == client.call_range("2026-11-18", "2026-11-18", limit=20) != []
+    expect(route).to_contain_text("limit is set to 20 here")
+    found = json.loads(send(open_route(docs.page, "call_lookup")))
+    assert [call["xml_cdr_uuid"] for call in found["calls"]] == [call["xml_cdr_uuid"] for call in calls[:2]]
+    for name in (
+        "calls",
+        "call_feed",
+        "call_totals",
+        "concurrent_calls_by_domain",
+        "active_calls_by_domain",
+        "domains",
+    ):
+        assert json.loads(send(open_route(docs.page, name))) != [], name
 
 
 @in_a_browser
-def test_usage_shows_what_was_called_longest(database: Database, november: Visit) -> None:
-    query = f"""SELECT destination_number, count(*), round(sum(coalesce(billsec, 0)) / 60.0, 1) FROM v_xml_cdr
-                WHERE {NOVEMBER} AND NOT {HELPERS} AND direction = 'outbound'
-                GROUP BY 1 ORDER BY sum(billsec) DESC, 2 DESC, destination_number COLLATE "C" LIMIT 10"""
-    expected = [[number, f"{calls:,}", f"{minutes:,.1f}"] for number, calls, minutes in database.execute(query)]
-    assert len(expected) == 10
-    assert november.rows("destinations") == expected
+def test_a_large_answer_is_not_drawn_as_a_whole(database: Database, visit: Opener) -> None:
+    docs = visit("/api/docs")
+    docs.log_in()
+    route = open_route(docs.page, "calls")
+    expect(route.locator("[name=domain_name]")).to_have_value(ALPHA)
+    route.locator("[name=limit]").fill("")
+    assert 65_000 < len(send(route)) <= 65_536  # of UTF-16
+    expect(route.locator(".answer")).to_contain_text("The first 65,536 characters are shown, and the rest was not read")
 
 
 @in_a_browser
-@pytest.mark.parametrize(("billable_only", "condition"), [(True, f"NOT {HELPERS}"), (False, "true")])
-def test_usage_shows_what_the_database_holds(
-    database: Database, november: Visit, *, billable_only: bool, condition: str
-) -> None:
-    november.page.get_by_label("What can cost money").set_checked(billable_only)
-    november.wait_until_read("November 2026")
-    days, peaks = count_days(database, condition), count_peaks(database, condition)
-    assert len(days) > 5
-    expected = [[*days.get(day, ["0", "0", "0", "0.0"]), peaks.get(day, "0")] for day in range(1, 31)]
-    shown = november.rows("days")
-    assert [row[1:] for row in shown] == expected
-    assert (shown[0][0], shown[-1][0]) == ("Sun 1", "Mon 30")
+def test_a_line_of_curl_that_is_copied_works_when_it_is_pasted(database: Database, visit: Opener) -> None:
+    docs = visit("/api/docs")
+    docs.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    docs.log_in()
+    lines = []
+    for name in ("login", "calls", "call_range", "call_totals", "call_lookup", "call_feed", "domains", "health"):
+        route = open_route(docs.page, name)
+        if name == "login":
+            route.locator("[name=email]").fill(READER)
+            route.locator("[name=password]").fill(PASSWORD)
+        else:
+            send(route)
+        if name == "calls":
+            route.locator("summary", has_text="more parameters").click()
+            route.locator("[name=caller_id_name]").fill("""O'Brien, "Bob" & Sons""")
+            assert json.loads(send(route)) != []
+        route.get_by_role("button", name="Copy curl").click()
+        expect(route.get_by_role("button", name="Copied")).to_be_visible()
+        lines.append(docs.page.evaluate("navigator.clipboard.readText()"))
+    assert not any(re.search(r"\bcdr_[\w-]{43}", line) for line in lines)
+    done = subprocess.run(["bash", "-eu"], input="\necho\n".join(lines), capture_output=True, text=True, check=True)
+    shown = docs.page.locator(".answer .body").all_text_contents()
+    for answer in shown:
+        assert answer.strip() in done.stdout
+    assert len(shown) == 7
 
 
 @in_a_browser
-def test_an_answer_that_breaks_off_is_told_and_its_numbers_are_not_shown(usage: Visit) -> None:
-    usage.page.route(
-        "**/call_range?*", lambda route: route.fulfill(body='{"destination_number":"1","billsec":1}\n{"dest')
-    )
-    usage.page.get_by_role("button", name="Previous month").click()
-    expect(usage.page.get_by_role("alert").filter(has_text="The answer broke off")).to_be_visible()
-    expect(usage.page.locator("#numbers")).to_be_hidden()
-    assert usage.rows("days") == usage.rows("destinations") == []
+@pytest.mark.parametrize(("viewport", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")], ids=["desk", "phone"])
+def test_docs_keep_the_rules_of_accessibility(visit: Opener, viewport: dict[str, int], scheme: str) -> None:
+    docs = visit("/api/docs#call_feed", viewport, color_scheme=scheme)
+    expect(docs.page.locator("#route-call_feed")).to_have_attribute("open", "")
+    docs.log_in()
+    try_call_range(docs.page)
+    for name in ("register", "call_lookup"):
+        open_route(docs.page, name)
+    for fold in docs.page.locator("#route-call_range details > summary").all():
+        fold.click()
+    assert docs.violations() == []
+    assert not docs.is_too_wide()
+    height = docs.page.locator("#route-call_feed").bounding_box()
+    assert height
+    assert height["height"] < 2_000
+
+
+# A visit ----------------------------------------------------------------------
 
 
 @in_a_browser
-def test_a_month_without_calls_says_so(usage: Visit) -> None:
-    usage.choose_month("2020-02")
-    expect(usage.page.get_by_role("status")).to_have_text(f"{ALPHA}, February 2020: no calls.")
-    assert len(usage.rows("days")) == 29
-    expect(usage.page.get_by_text("No outbound calls.")).to_be_visible()
-
-
-# The session ------------------------------------------------------------------
-
-
-@in_a_browser
-def test_a_wrong_password_is_told(visit: Opener) -> None:
-    opened = visit("/api/usage")
+@pytest.mark.parametrize("path", PAGES)
+def test_a_wrong_password_is_told(visit: Opener, path: str) -> None:
+    opened = visit(path)
     opened.log_in(password="wrong")
-    expect(opened.page.get_by_role("alert")).to_have_text("The e-mail address or the password is wrong.")
-    assert not opened.page.get_by_label("Domain").is_visible()
+    expect(opened.page.locator("#login-error")).to_have_text("The e-mail address or the password is wrong.")
+    assert not opened.page.get_by_role("button", name="Log out").is_visible()
 
 
 @in_a_browser
-def test_the_token_is_stored_nowhere_and_deleted_at_the_end(database: Database, usage: Visit) -> None:
+def test_without_a_connection_logging_in_and_out_says_so(database: Database, visit: Opener) -> None:
+    opened = visit("/api/usage")
+    opened.page.context.set_offline(True)
+    opened.log_in()
+    expect(opened.page.locator("#login-error")).to_have_text(
+        "The service cannot be reached. Look at your connection, then try again."
+    )
+    opened.page.context.set_offline(False)
+    opened.log_in()
+    opened.wait_until_read()
+    opened.page.context.set_offline(True)
+    opened.page.get_by_role("button", name="Log out").click()
+    expect(opened.page.locator("#login-error")).to_contain_text(
+        "so the token stays valid: The service cannot be reached."
+    )
+
+
+STORED = "[localStorage.length, sessionStorage.length, document.cookie, location.href.includes('cdr_')]"
+
+
+@in_a_browser
+def test_the_token_is_stored_nowhere_and_deleted_at_the_end(database: Database, visit: Opener) -> None:
     before = tokens(database)
-    stored = "[localStorage.length, sessionStorage.length, document.cookie, location.search + location.hash]"
-    assert usage.page.evaluate(stored) == [0, 0, "", ""]
+    usage = visit("/api/usage")
+    usage.log_in()
+    usage.wait_until_read()
+    assert tokens(database) == before + 1
+    assert usage.page.evaluate(STORED) == [0, 0, "", False]
     usage.page.get_by_role("button", name="Log out").click()
-    expect(usage.page.get_by_label("Password")).to_have_value("")
-    assert tokens(database) == before - 1
-    assert usage.rows("days") == []
+    expect(usage.page.locator("#login").get_by_label("Password")).to_have_value("")
+    assert tokens(database) == before
+    assert usage.rows("domain-rows") == []
+
+
+@in_a_browser
+def test_one_login_is_enough_for_both_pages(database: Database, visit: Opener) -> None:
+    before = tokens(database)
+    opened = visit("/api/usage")
+    opened.log_in()
+    opened.wait_until_read()
+    for name in ("Try it", "Usage"):
+        opened.page.get_by_role("link", name=name, exact=True).click()
+        expect(opened.page.get_by_text(READER, exact=True)).to_be_visible()
+        assert opened.page.evaluate(STORED) == [0, 0, "", False]
+    opened.wait_until_read()
+    opened.page.go_back()
+    expect(opened.page.get_by_text(READER, exact=True)).to_be_visible()
+    assert len(try_call_range(opened.page)) > 0
+    assert tokens(database) == before + 1
+    opened.page.get_by_role("button", name="Log out").click()
+    wait_for(lambda: tokens(database) == before)
+
+
+@in_a_browser
+def test_a_token_that_was_left_lying_is_not_taken_up(database: Database, visit: Opener) -> None:
+    """It was handed over to a page that did not come for a long time."""
+    left = json.dumps({"token": database.account(ALPHA, email="left@example.com"), "email": READER, "at": 0})
+    opened = visit("/api/usage")
+    opened.page.evaluate("left => sessionStorage.setItem('cdr-api-handed-over', left)", left)
+    opened.page.reload()
+    expect(opened.page.locator("#login")).to_be_visible()
+    assert opened.page.evaluate(STORED) == [0, 0, "", False]
+    of_left = "SELECT count(*) FROM cdr_api.tokens JOIN cdr_api.accounts USING (account_id) WHERE email = %s"
+    wait_for(lambda: database.execute(of_left, ["left@example.com"]) == [(0,)])
 
 
 @in_a_browser
@@ -381,83 +354,6 @@ def test_leaving_a_page_logs_out(database: Database, visit: Opener, path: str) -
     wait_for(lambda: tokens(database) == before)
 
 
-@in_a_browser
-def test_a_token_that_was_revoked_leads_back_to_the_form(database: Database, usage: Visit) -> None:
-    accounts = "SELECT account_id FROM cdr_api.accounts WHERE email = %s"
-    database.execute(f"DELETE FROM cdr_api.tokens WHERE account_id = ({accounts})", [EMAIL])
-    usage.page.get_by_role("button", name="Previous month").click()
-    expect(usage.page.get_by_role("alert").filter(has_text="Your session has ended")).to_be_visible()
-    expect(usage.page.get_by_label("E-mail address")).to_be_focused()
-
-
-# For everybody ----------------------------------------------------------------
-
-
-@in_a_browser
-def test_usage_keeps_the_rules_of_accessibility_on_a_desk_and_on_a_phone(visit: Opener) -> None:
-    opened = visit("/api/usage")
-    assert opened.violations() == []
-    opened.log_in()
-    opened.choose_month()
-    assert opened.violations() == []
-    opened.page.set_viewport_size(PHONE)  # type: ignore[arg-type]
-    assert opened.violations() == []
-    assert not opened.is_too_wide()
-
-
-@in_a_browser
-def test_docs_keep_them_but_for_what_swagger_ui_does(visit: Opener) -> None:
-    opened = visit("/api/docs", PHONE)
-    expect(opened.page.locator("[id$=-call_range]")).to_be_visible()
-    theirs = {"heading-order", "nested-interactive", "region"}
-    assert [found for found in opened.violations() if found[0] not in theirs] == []
-    try_call_range(opened.page)
-    assert not opened.is_too_wide()
-
-
-# What a screen reader calls the place that the keyboard is at.
-FOCUSED = "(e => e.ariaLabel || e.labels?.[0]?.innerText || e.innerText)(document.activeElement)"
-
-
-@in_a_browser
-def test_usage_by_keyboard_alone(visit: Opener) -> None:
-    opened = visit("/api/usage")
-    keyboard = opened.page.keyboard
-
-    def tab_to(name: str) -> None:
-        for _ in range(12):
-            keyboard.press("Tab")
-            if opened.page.evaluate(FOCUSED).strip() == name:
-                return
-        pytest.fail(f"no way to {name}")
-
-    tab_to("E-mail address")
-    keyboard.type(EMAIL)
-    tab_to("Password")
-    keyboard.type(PASSWORD)
-    keyboard.press("Enter")
-    expect(opened.page.get_by_label("Domain")).to_be_focused()
-    keyboard.type("beta")
-    tab_to("Month")
-    keyboard.type("112026")
-    opened.wait_until_read("beta.example.com, November 2026")
-    tab_to("Previous month")
-    keyboard.press("Enter")
-    opened.wait_until_read("beta.example.com, October 2026")
-
-
-@in_a_browser
-def test_usage_prints_on_one_sheet(usage: Visit) -> None:
-    for paper in ("A4", "Letter"):
-        pdf = usage.page.pdf(format=paper, prefer_css_page_size=True)
-        assert len(re.findall(rb"/Type\s*/Page\b", pdf)) == 1, paper
-    usage.page.emulate_media(media="print")
-    assert not usage.page.get_by_role("button", name="Log out").is_visible()
-    assert not usage.page.get_by_label("Domain").is_visible()
-    for name in ("calls", "minutes", "peak"):
-        expect(usage.page.locator(f"#{name}-plot")).to_be_visible()
-
-
 # nginx ------------------------------------------------------------------------
 
 
@@ -470,14 +366,12 @@ def test_behind_nginx_both_pages_work_below_its_path(database: Database, client:
         socket = Path(name) / "socket"
         with serve(database.dsn, "--bind", f"unix:{socket}", CDR_API_PROXIES="1"), run_nginx(socket) as nginx:
             wait_for(socket.exists)
-            url = nginx.url("https", "/cdr-api")
-            docs = visit("/docs", url=url)
-            docs.log_in()
-            expect(docs.page.get_by_role("button", name="Log out")).to_be_visible()
-            assert try_call_range(docs.page) == client.call_range("2026-11-17", "2026-11-17", fields=FIELDS)
-            usage = visit("/usage", url=url)
-            usage.log_in()
-            usage.choose_month()
-            assert usage.rows("days", "tFoot")[0][1] == str(
-                len(client.call_range("2026-11-01", "2026-11-30", billable_only="true"))
-            )
+            opened: Visit = visit("/docs", url=nginx.url("https", "/cdr-api"))
+            opened.log_in()
+            expect(opened.page.get_by_role("button", name="Log out")).to_be_visible()
+            assert try_call_range(opened.page) == client.call_range("2026-11-17", "2026-11-17", fields=FIELDS)
+            opened.page.get_by_role("link", name="Usage", exact=True).click()
+            expect(opened.page.get_by_text(READER, exact=True)).to_be_visible()
+            opened.show(month="2026-11", domain=ALPHA)
+            calls = client.call_range("2026-11-01", "2026-11-30", billable_only="true")
+            assert opened.text("calls") == str(len(calls))

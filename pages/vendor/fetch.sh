@@ -19,8 +19,6 @@ take() {  # NAME VERSION LICENCE FILE=AS …: files of a package
   done
 }
 
-take swagger-ui-dist 5.35.0 Apache-2.0 swagger-ui-bundle.js=swagger-ui-bundle.js swagger-ui.css=swagger-ui.css \
-  LICENSE=swagger-ui.LICENSE NOTICE=swagger-ui.NOTICE swagger-ui-bundle.js.LICENSE.txt=swagger-ui-bundle.js.LICENSE.txt
 take chart.js 4.6.1 MIT dist/chart.umd.min.js=chart.umd.min.js LICENSE.md=chart.js.LICENSE
 
 cat > README.md <<END
@@ -28,8 +26,7 @@ cat > README.md <<END
 
 Made by \`make assets\` ([fetch.sh](fetch.sh)): unchanged files out of npm's packages, which
 the pages load from the service itself, so that they work where there is no internet.
-[Swagger UI](https://swagger.io/tools/swagger-ui/) draws \`/api/docs\`,
-[Chart.js](https://www.chartjs.org) the charts of \`/api/usage\`.
+[Chart.js](https://www.chartjs.org) draws the charts of \`/api/usage\`.
 
 | file | from | licence | SHA-256 |
 |---|---|---|---|

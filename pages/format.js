@@ -1,0 +1,39 @@
+// Numbers and dates as the browser's language writes them, for both pages: one locale for everything.
+export const locale = navigator.language;
+
+const format = (options) => new Intl.NumberFormat(locale, options);
+const wholes = format({ maximumFractionDigits: 0 });
+const tenths = format({ minimumFractionDigits: 1, maximumFractionDigits: 1 });
+const percents = format({ style: "percent", maximumFractionDigits: 1 });
+const changes = format({ style: "percent", maximumFractionDigits: 1, signDisplay: "exceptZero" });
+
+export const whole = (number) => wholes.format(number);
+export const minutes = (seconds) => tenths.format(Math.round(seconds / 6) / 10); // halves are exact only so
+export const percent = (part, total) => (total ? percents.format(part / total) : "–");
+export const change = (now, before) => (before ? changes.format(now / before - 1) : now ? "new" : "–");
+export const count = (number, one, many = `${one}s`) => `${whole(number)} ${number === 1 ? one : many}`;
+
+// Days are dates without a zone: read and written as UTC, they stay what they are.
+const asDate = (options, text) => new Intl.DateTimeFormat(locale, { ...options, timeZone: "UTC" }).format(new Date(text));
+export const monthName = (month) => asDate({ month: "long", year: "numeric" }, `${month}-01T00:00Z`);
+export const dayName = (day) => asDate({ day: "numeric", month: "long" }, `${day}T00:00Z`);
+export const weekday = (day) => asDate({ weekday: "short", day: "numeric" }, `${day}T00:00Z`);
+/** The time of day of a stamp, in the zone that it is written in. */
+export const timeOf = (stamp) => asDate({ hour: "2-digit", minute: "2-digit" }, `${stamp.slice(0, 16)}Z`);
+
+/** The days of a month, as 2026-01-31. */
+export function daysOf(month) {
+  const [year, number] = month.split("-").map(Number);
+  const last = new Date(Date.UTC(year, number, 0)).getUTCDate();
+  return Array.from({ length: last }, (_, index) => `${month}-${String(index + 1).padStart(2, "0")}`);
+}
+
+export function addMonths(month, months) {
+  const [year, number] = month.split("-").map(Number);
+  return new Date(Date.UTC(year, number - 1 + months)).toISOString().slice(0, 7);
+}
+
+/** Today in a zone, as 2026-01-31. */
+export function today(zone) {
+  return new Intl.DateTimeFormat("sv-SE", { timeZone: zone || undefined, dateStyle: "short" }).format(new Date());
+}
