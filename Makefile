@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test test-pgbouncer test-versions torture day lint bench bench-peers lock assets clean
+.PHONY: run test test-pgbouncer test-versions test-clusters torture day lint bench bench-peers lock assets clean
 
 run: $(VENV)/run ## serve on http://127.0.0.1:8000 (PORT= chooses another)
 	@$(BIN)/python -m demo
@@ -18,6 +18,9 @@ test-pgbouncer: $(VENV)/test ## the same through PgBouncer, but for what runs se
 
 test-versions: $(VENV)/test ## what has to hold on every PostgreSQL, on 13 to 17 (needs npm, which brings them)
 	tests/versions.sh
+
+test-clusters: $(VENV)/test ## Patroni, whose leader is killed (needs patroni, etcd-server and postgresql of Debian)
+	$(BIN)/python -m pytest -q -s --clusters
 
 torture: $(VENV)/test ## the feed, with writers and crashes for twenty minutes
 	TORTURE_SECONDS=600 $(BIN)/python -m pytest -s tests/test_torture.py

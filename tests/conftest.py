@@ -47,11 +47,13 @@ PASSWORD_HASH = (  # of PASSWORD, so that not every account costs a scrypt
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--pgbouncer", action="store_true", help="put a PgBouncer between the service and PostgreSQL")
+    parser.addoption("--clusters", action="store_true", help="run only what makes a cluster, which takes minutes")
     parser.addoption("--postgresql", type=Path, help="the folder of another PostgreSQL's programs (initdb, pg_ctl, …)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "direct(reason): is left out under --pgbouncer, for a reason")
+    config.addinivalue_line("markers", "cluster: is run by --clusters, which runs nothing else")
     if config.getoption("pgbouncer") and not PGBOUNCER:
         raise pytest.UsageError("--pgbouncer needs the program pgbouncer; on Debian and Ubuntu: apt install pgbouncer")
     # Not at the top: demo, before it, mutes a warning.
@@ -68,10 +70,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    others = [item for item in items if bool(item.get_closest_marker("cluster")) != config.getoption("clusters")]
     if config.getoption("pgbouncer"):
-        direct = [item for item in items if item.get_closest_marker("direct")]
-        config.hook.pytest_deselected(items=direct)
-        items[:] = [item for item in items if item not in direct]
+        others += [item for item in items if item.get_closest_marker("direct")]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
 
 
 @pytest.fixture(scope="session")
