@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test test-pgbouncer test-versions test-clusters torture day lint bench bench-peers lock assets clean
+.PHONY: run test test-pgbouncer test-versions test-clusters torture day lint bench bench-peers lock assets clean gone
 
 run: $(VENV)/run ## serve on http://127.0.0.1:8000 (PORT= chooses another)
 	@$(BIN)/python -m demo
@@ -11,7 +11,9 @@ run: $(VENV)/run ## serve on http://127.0.0.1:8000 (PORT= chooses another)
 PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/test ## the whole suite, on an embedded PostgreSQL
-	$(PYTEST)
+	@echo "Running the $$(ls tests/test_*.py | wc -l | tr -d ' ') files of tests, three at a time: some seven minutes on two cores. A percentage"
+	@echo "ends each line of dots; a test that skips (s) lacks a program, and says which at the end."
+	@$(PYTEST)
 
 test-pgbouncer: $(VENV)/test ## the same through PgBouncer, but for what runs servers of its own
 	$(PYTEST) --pgbouncer
@@ -43,7 +45,7 @@ LOCK = $(BIN)/pip-compile --quiet --upgrade --generate-hashes --strip-extras --n
   --no-emit-find-links --no-emit-trusted-host pyproject.toml
 HEAD = "\# Made by make lock from pyproject.toml: change that, not this.\n"
 
-lock: $(BIN)/python ## makes the three requirements.txt again from pyproject.toml
+lock: $(VENV)/run ## makes the three requirements.txt again from pyproject.toml
 	$(BIN)/python -m pip install --quiet pip-tools
 	for extra in "" demo tests; do \
 	  file=$${extra:+$$extra/}requirements.txt; \
@@ -56,17 +58,20 @@ assets: ## fetches the libraries of pages/ again, at the versions that the scrip
 clean: ## all that the above made
 	rm -rf $(VENV) .demo .bench .postgresql
 
-$(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "Python 3.11 or newer is needed; PYTHON=python3.12 make … names one."; exit 1; }
-	@$(PYTHON) -m venv $(VENV) \
-	  || { echo "Python's venv module is missing or broken; on Debian and Ubuntu: apt install python3-venv"; rm -rf $(VENV); exit 1; }
+# Before anything is installed: a sentence for what is missing, and one for what comes.
+INSTALL = command -v $(PYTHON) >/dev/null \
+  || { echo "There is no $(PYTHON): install Python 3.11 or newer, or name one as in PYTHON=python3.12 make run."; exit 1; }; \
+  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+  || { echo "Python 3.11 or newer is needed, and this is $$($(PYTHON) -V 2>&1); PYTHON=python3.12 make … names another."; exit 1; }; \
+  $(PYTHON) demo/install.py $(VENV)
 
-$(VENV)/run: requirements.txt demo/requirements.txt | $(BIN)/python
-	@echo "Installing into $(VENV) …"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r demo/requirements.txt
+# A Python that is gone, as after an upgrade of the system, takes all that was installed along.
+GONE = $(shell [ -x $(BIN)/python ] || echo gone)
+
+$(VENV)/run: requirements.txt demo/requirements.txt $(GONE)
+	@$(INSTALL) run
 	@touch $@
 
-$(VENV)/test: tests/requirements.txt $(VENV)/run
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r tests/requirements.txt
-	@touch $@
+$(VENV)/test: tests/requirements.txt $(GONE)
+	@$(INSTALL) test
+	@touch $(VENV)/run $@

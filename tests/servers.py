@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psycopg
 
@@ -40,7 +42,7 @@ class Node:
         self.run("pg_ctl", "-w", "-D", str(self.data), *options)
 
     def start(self) -> None:
-        self.control("-o", f'-h "" -k {self.socket}', "-l", str(self.data / "log"), "start")
+        self.control("-o", f'-h "" -k {shlex.quote(str(self.socket))}', "-l", str(self.data / "log"), "start")
 
     def stop(self) -> None:
         """Without waiting for sessions to end, but for standbys to have everything."""
@@ -89,7 +91,7 @@ class Node:
 
     def dsn(self, user: str = "postgres", *others: Node) -> str:
         """Of this server, and then of others that are tried in turn."""
-        hosts = ",".join(str(node.socket) for node in (self, *others))
+        hosts = ",".join(quote(str(node.socket)) for node in (self, *others))
         return f"postgresql://{user}:@/{self.name}?host={hosts}"
 
     def connect(self) -> demo.Connection:
@@ -129,8 +131,7 @@ def own_node(*settings: str) -> Iterator[Node]:
     """A server with the database of a FusionPBX that has no calls, and settings such as "fsync = off"."""
     folder = Path(tempfile.mkdtemp(prefix="cdr-api-"))
     server = demo.start_server(folder / "postgresql")
-    data = Path(server.pgdata)
-    node = Node(server, data, server.get_postmaster_info().socket_dir or data)
+    node = Node(server, server.data, server.socket)
     with demo.connect(server) as connection:
         for setting in settings:
             connection.execute(f"ALTER SYSTEM SET {setting}")
@@ -139,7 +140,7 @@ def own_node(*settings: str) -> Iterator[Node]:
     demo.create_database(server, node.name)
     yield node
     node.stop()
-    server.cleanup()
+    server.stop()
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -73,8 +73,7 @@ def node() -> Iterator[PasswordNode]:
     """FusionPBX's database without a trace of the service, and calls of the last three days in it."""
     with tempfile.TemporaryDirectory(prefix="cdr-api-") as name:
         server = demo.start_server(Path(name, "postgresql"))
-        data = Path(server.pgdata)
-        node = PasswordNode(server, data, server.get_postmaster_info().socket_dir or data, free_port())
+        node = PasswordNode(server, server.data, server.socket, free_port())
         with demo.connect(server) as connection:
             connection.execute("ALTER SYSTEM SET fsync = off")
             connection.execute(f"CREATE DATABASE {node.name}")
@@ -86,7 +85,7 @@ def node() -> Iterator[PasswordNode]:
             demo.add_calls(connection, 300, domains=[ALPHA], days=3)
         yield node
         node.stop()
-        server.cleanup()
+        server.stop()
 
 
 @dataclass

@@ -22,7 +22,7 @@ import demo
 from cdr.check_calls import EPOCH_INDEX, RANGE_INDEX
 from cdr.selection import FIELDS
 from cdr.settings import Settings
-from demo.__main__ import CURL
+from demo.__main__ import show_lines
 from tests.conftest import ROOT, SOURCES, Database, DatabaseMaker, Gunicorn, answers, free_port, serve, wait_for
 from tests.documents import API, BILLING, DEPLOYMENT, DOCUMENTS, ERRORS, README, read_section, shape
 
@@ -53,7 +53,7 @@ def test_the_transcript_is_what_a_shell_shows(gunicorn: Gunicorn) -> None:
 
 
 def test_the_lines_that_make_run_prints_work_when_pasted(gunicorn: Gunicorn) -> None:
-    lines = CURL.format(url=gunicorn.url, domain=demo.DOMAINS[0], day="2026-01-01").partition("terminal:\n")[2]
+    lines = show_lines(gunicorn.url, demo.DOMAINS[0], own=True).partition("terminal:\n")[2]
     lines = lines.replace("billing@example.com", "pasted@example.com")
     done = subprocess.run(["bash", "-e"], input=lines, capture_output=True, text=True, check=True)
     registered, calls, rest = done.stdout.partition("\n[")[0], *done.stdout.partition("\n[")[1:]

@@ -356,6 +356,13 @@ def test_a_refusal_is_told_and_leaves_no_file(example: Example) -> None:
     assert "bearer token" in example.fails(SMALL)
 
 
+@pytest.mark.parametrize("month", ["202601", "2026-13", "January", ""])
+def test_what_is_no_month_is_told_in_a_sentence(example: Example, month: str) -> None:
+    said = example.fails(month)
+    assert not re.search(r"Traceback|Stack trace|^ +at ", said, re.MULTILINE), said
+    assert "no calls" not in said
+
+
 def test_a_call_that_comes_between_two_pages_is_noticed(
     database: Database, gunicorn: Gunicorn, example: Example
 ) -> None:
