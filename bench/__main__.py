@@ -57,6 +57,13 @@ TOKEN_QUERY = """
       FROM cdr_api.tokens AS t
       JOIN cdr_api.accounts AS a USING (account_id)
      WHERE t.digest = %s AND a.disabled_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > now())"""
+# The same, and whether the account may read a domain.
+GRANT_QUERY = f"""{TOKEN_QUERY}
+       AND EXISTS (SELECT FROM v_domains AS d
+                     LEFT JOIN cdr_api.grants AS g ON g.account_id = a.account_id AND g.domain_uuid = d.domain_uuid
+                    WHERE d.domain_name = %s AND (a.all_domains OR g.domain_uuid IS NOT NULL))"""
+# What a peer does that does the same work: it looks the grant up too, and reads in a transaction of its own.
+SAME_WORK = {"BENCH_TOKEN_QUERY": GRANT_QUERY, "BENCH_BEGIN": "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"}
 
 
 def tell(text: str) -> None:
@@ -201,6 +208,7 @@ def compose_variables(dsn: str) -> dict[str, str]:
         "BENCH_DSN": dsn,
         "BENCH_COLUMNS": ", ".join(FIELDS),
         "BENCH_TOKEN_QUERY": TOKEN_QUERY,
+        "BENCH_BEGIN": "",
     }
 
 

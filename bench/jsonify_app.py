@@ -3,7 +3,8 @@
 It gives the same calls with the same values as the service, without filters or
 other formats, and asks one query whether the token is good, of the service's own
 accounts. BENCH_DSN is the database's libpq connection string, BENCH_TOKEN_QUERY
-that query.
+that query; where it has two placeholders, the second is the domain's name. BENCH_BEGIN,
+if not empty, asks for a transaction of its own for the calls.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from decimal import Decimal
 from typing import Any
 
 from flask import Flask, Response, abort, jsonify, request
+from psycopg import IsolationLevel
 from psycopg.rows import dict_row
 from psycopg_pool import ConnectionPool
 
@@ -45,7 +47,9 @@ def check_token() -> None:
     digest = hashlib.sha256((token or "").encode()).digest()
     pool.open()
     with pool.connection() as connection:
-        if not connection.execute(os.environ["BENCH_TOKEN_QUERY"], [digest]).fetchone():
+        query = os.environ["BENCH_TOKEN_QUERY"]
+        values = [digest, request.args.get("domain_name")][: query.count("%s")]
+        if not connection.execute(query, values).fetchone():
             abort(401)
 
 
@@ -55,5 +59,7 @@ def call_range() -> Response:
     start = datetime.fromtimestamp(int(request.args["from"]), UTC)
     end = datetime.fromtimestamp(int(request.args["to"]) + 1, UTC)
     with pool.connection() as connection, connection.cursor(row_factory=dict_row) as cursor:
+        if os.environ["BENCH_BEGIN"]:
+            connection.isolation_level, connection.read_only = IsolationLevel.REPEATABLE_READ, True
         rows = cursor.execute(QUERY, (request.args["domain_name"], start, end)).fetchall()
     return jsonify([{name: show(name, value) for name, value in row.items()} for row in rows])

@@ -54,7 +54,7 @@ def result(dsn: str, rivals: list[Rival], ranges: list[bench.Range], server: dem
     rates = peers.measure_rates(rivals, one, 1, 0.2)
     ceiling = bench.Ceiling(dsn)
     scores = [score for wanted in ranges for score in peers.measure(ceiling, rivals, wanted, 2)]
-    return peers.Result(SIZES, scores, rates, {})
+    return peers.Result(SIZES, scores, rates, rates, {})
 
 
 def test_a_run_scores_every_contestant_at_every_size(result: peers.Result) -> None:
@@ -156,7 +156,9 @@ def made_up(stopped: str = "") -> peers.Result:
         if not (stopped and rows == 1_000_000 and name == "R&D <peer>")
     ]
     rates = {peers.NOTHING: 2000.0, peers.SERVICE: 1000.0, "R&D <peer>": 1500.0}
-    return peers.Result([1_000, 1_000_000], scores, rates, {"R&D <peer>": stopped} if stopped else {})
+    return peers.Result(
+        [1_000, 1_000_000], scores, rates, {peers.SERVICE: 900.0}, {"R&D <peer>": stopped} if stopped else {}
+    )
 
 
 def test_the_tables_show_who_was_stopped_and_why() -> None:
@@ -165,8 +167,9 @@ def test_the_tables_show_who_was_stopped_and_why() -> None:
     assert "| R&D <peer> | 10% (100) | > 4 GB |\n" in text
     assert "| the service | 50 | 50 |\n" in text
     assert "| the service | 4 | 4 |\n" in text
-    rates = peers.show_rates(made_up().rates)
-    assert "| R&D <peer> | 1,500 | 150% |\n" in rates
+    rates = peers.show_rates(made_up().rates, made_up().same_rates)
+    assert "| R&D <peer> | 1,500 (150%) | – |\n" in rates
+    assert "| the service | 1,000 (100%) | 900 (100%) |\n" in rates
 
 
 @pytest.mark.parametrize("stopped", ["> 4 GB", ""])

@@ -25,6 +25,7 @@ from bench.__main__ import (
     CEILING,
     CONNECTIONS,
     PEER,
+    SAME_WORK,
     Ceiling,
     Page,
     Range,
@@ -175,6 +176,7 @@ class Result:
     rows: Sequence[int]
     scores: Sequence[Score]
     rates: Mapping[str, float]
+    same_rates: Mapping[str, float]  # when all do the same work
     stopped: Mapping[str, str]
 
     @property
@@ -213,9 +215,14 @@ def show_sizes(result: Result) -> str:
     return "\n".join(tables)
 
 
-def show_rates(rates: Mapping[str, float]) -> str:
-    lines = {name: [f"{rate:,.0f}", f"{rate / rates[SERVICE]:.0%}"] for name, rate in rates.items()}
-    return show_table(f"one call, {CONNECTIONS} connections kept alive", ["requests/s", "of the service"], lines)
+def show_rates(rates: Mapping[str, float], same_rates: Mapping[str, float]) -> str:
+    """Of both runs the rate and its share of the service's in that run."""
+    lines = {}
+    for name in rates:
+        found = [(run.get(name), run[SERVICE]) for run in (rates, same_rates)]
+        lines[name] = [f"{rate:,.0f} ({rate / service:.0%})" if rate else "–" for rate, service in found]
+    head = ["requests/s", "requests/s, all doing the same work"]
+    return show_table(f"one call, {CONNECTIONS} connections kept alive", head, lines)
 
 
 def plot(result: Result) -> str:
@@ -270,15 +277,29 @@ def run(server: PostgresServer, options: argparse.Namespace) -> Result:
         find_range(server, name, size) for size in sorted({n for n in SIZES if n < options.rows} | {options.rows})
     ]
     one = find_range(server, name, 1)
+    variables = compose_variables(demo.service_dsn(server, name))
+    turns, seconds = min(options.runs, 3), 1 if options.quick else 5
+    same_rates = measure_same(variables, find_range(server, name, SAMPLE), one, turns, seconds)
     with ExitStack() as stack:
-        variables = compose_variables(demo.service_dsn(server, name))
         rivals = enter_own(stack, variables)
         rivals += enter_others(stack, variables, rivals[0].page.token)
         admit(rivals, find_range(server, name, SAMPLE), one)
-        rates = measure_rates(rivals, one, min(options.runs, 3), 1 if options.quick else 5)
+        rates = measure_rates(rivals, one, turns, seconds)
         scores = measure_sizes(Ceiling(variables["BENCH_DSN"]), rivals, ranges, options.runs)
     stopped = {rival.name: rival.stopped for rival in rivals if rival.stopped}
-    return Result([wanted.rows for wanted in ranges], scores, rates, stopped)
+    return Result([wanted.rows for wanted in ranges], scores, rates, same_rates, stopped)
+
+
+def measure_same(
+    variables: Mapping[str, str], sample: Range, one: Range, turns: int, seconds: float
+) -> dict[str, float]:
+    """measure_rates where the peers look up the grant as well, and read in a transaction of their own."""
+    tell("the same work")
+    with ExitStack() as stack:
+        rivals = enter_own(stack, {**variables, **SAME_WORK})
+        rivals += enter_others(stack, {**variables, **SAME_WORK}, rivals[0].page.token)
+        admit(rivals, sample, one)
+        return measure_rates(rivals, one, turns, seconds)
 
 
 def compose(machine: str, loads: str, result: Result, options: argparse.Namespace) -> str:
@@ -286,7 +307,7 @@ def compose(machine: str, loads: str, result: Result, options: argparse.Namespac
         f"{machine} {show_versions()} Medians of up to {options.runs * 4} turns. {loads}\n",
         "![Speed, memory and first byte of each, from 1,000 rows on](peers.svg)\n",
         show_sizes(result),
-        show_rates(result.rates),
+        show_rates(result.rates, result.same_rates),
     ]
     return "\n".join(parts if find_php() else [*parts, f"{NO_PHP}\n"])
 

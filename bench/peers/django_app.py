@@ -35,7 +35,7 @@ settings.configure(
 django.setup()
 
 from django.core.wsgi import get_wsgi_application  # noqa: E402 (they need the settings)
-from django.db import connection, models  # noqa: E402
+from django.db import connection, models, transaction  # noqa: E402
 from django.urls import path  # noqa: E402
 from rest_framework import authentication, exceptions, generics, permissions, serializers  # noqa: E402
 
@@ -123,8 +123,10 @@ class Holder:
 class TokenAuthentication(authentication.BaseAuthentication):
     def authenticate(self, request):
         digest = hashlib.sha256(authentication.get_authorization_header(request).partition(b" ")[2]).digest()
+        query = os.environ["BENCH_TOKEN_QUERY"]
+        values = [digest, request.query_params["domain_name"]][: query.count("%s")]
         with connection.cursor() as cursor:
-            cursor.execute(os.environ["BENCH_TOKEN_QUERY"], [digest])
+            cursor.execute(query, values)
             if not cursor.fetchone():
                 raise exceptions.AuthenticationFailed
         return Holder(), None
@@ -143,6 +145,13 @@ class CallList(generics.ListAPIView):
     authentication_classes = (TokenAuthentication,)
     permission_classes = (permissions.IsAuthenticated,)
     serializer_class = CallSerializer
+
+    def list(self, request):
+        if not os.environ["BENCH_BEGIN"]:
+            return super().list(request)
+        with transaction.atomic(), connection.cursor() as cursor:
+            cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            return super().list(request)
 
     def get_queryset(self):
         values = self.request.query_params

@@ -17,7 +17,8 @@ from fastapi import Depends, FastAPI, HTTPException, Query, Response
 from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-TOKEN = os.environ["BENCH_TOKEN_QUERY"].replace("%s", "$1")
+TOKEN = os.environ["BENCH_TOKEN_QUERY"].replace("%s", "$1", 1).replace("%s", "$2")
+OWN_TRANSACTION = {"isolation": "repeatable_read", "readonly": True} if os.environ["BENCH_BEGIN"] else {}
 CALLS = (
     f"SELECT {os.environ['BENCH_COLUMNS']} FROM v_xml_cdr"
     " WHERE domain_uuid = md5('domain ' || $1)::uuid AND end_stamp >= $2 AND end_stamp < $3"
@@ -36,9 +37,11 @@ async def lifespan(app):
 app = FastAPI(lifespan=lifespan)
 
 
-async def check_token(credentials: Annotated[HTTPAuthorizationCredentials, Depends(HTTPBearer())]) -> None:
-    digest = hashlib.sha256(credentials.credentials.encode()).digest()
-    if not await app.state.pool.fetchval(TOKEN, digest):
+async def check_token(
+    credentials: Annotated[HTTPAuthorizationCredentials, Depends(HTTPBearer())], domain_name: str
+) -> None:
+    values = [hashlib.sha256(credentials.credentials.encode()).digest(), domain_name][: TOKEN.count("$")]
+    if not await app.state.pool.fetchval(TOKEN, *values):
         raise HTTPException(401)
 
 
@@ -52,7 +55,11 @@ Range = Annotated[tuple, Depends(read_range)]
 
 @app.get("/all", dependencies=[Depends(check_token)])
 async def fetch_all(wanted: Range) -> Response:
-    rows = await app.state.pool.fetch(CALLS, *wanted)
+    if OWN_TRANSACTION:
+        async with app.state.pool.acquire() as connection, connection.transaction(**OWN_TRANSACTION):
+            rows = await connection.fetch(CALLS, *wanted)
+    else:
+        rows = await app.state.pool.fetch(CALLS, *wanted)
     return Response(orjson.dumps([dict(row) for row in rows], default=str), media_type="application/json")
 
 
@@ -63,7 +70,7 @@ async def stream(wanted: Range) -> StreamingResponse:
 
 async def write_rows(wanted):
     separator = b"["
-    async with app.state.pool.acquire() as connection, connection.transaction():
+    async with app.state.pool.acquire() as connection, connection.transaction(**OWN_TRANSACTION):
         cursor = await connection.cursor(CALLS, *wanted)
         while rows := await cursor.fetch(BATCH):
             yield separator + orjson.dumps([dict(row) for row in rows], default=str)[1:-1]

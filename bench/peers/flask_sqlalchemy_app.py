@@ -25,14 +25,18 @@ class Call(db.Model):
     __table__ = table
 
 
-TOKEN = db.text(os.environ["BENCH_TOKEN_QUERY"].replace("%s", ":digest"))
+TOKEN = db.text(os.environ["BENCH_TOKEN_QUERY"].replace("%s", ":digest", 1).replace("%s", ":domain"))
 
 
 @app.before_request
 def check_token():
     token = request.authorization.token if request.authorization else ""
-    if not db.session.execute(TOKEN, {"digest": hashlib.sha256(token.encode()).digest()}).scalar():
+    values = {"digest": hashlib.sha256(token.encode()).digest(), "domain": request.args["domain_name"]}
+    if not db.session.execute(TOKEN, {name: values[name] for name in TOKEN.compile().params}).scalar():
         abort(401)
+    if os.environ["BENCH_BEGIN"]:
+        db.session.rollback()
+        db.session.connection(execution_options={"isolation_level": "REPEATABLE READ", "postgresql_readonly": True})
 
 
 @app.get("/call_range")
