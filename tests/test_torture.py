@@ -227,7 +227,7 @@ def persist(book: Book, statement: str) -> None:
             return True
         return False
 
-    wait_for(done, 60)
+    wait_for(done, 300)  # the table is locked for as long, and by now it may be large
 
 
 # Pollers ----------------------------------------------------------------------
