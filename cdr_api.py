@@ -45,6 +45,8 @@ from cdr.database import PooledConnection
 from cdr.errors import ApiError, envelope, from_database, refuse, unexpected
 from cdr.legs import find_legs
 from cdr.parsing import (
+    ABSENT_IF_EMPTY,
+    BLANKS,
     Parsers,
     integer_between,
     is_uuid,
@@ -254,8 +256,9 @@ STANDS_FOR = {"domain_uuid": {"domain_name"}, "month": {"from", "to"}}
 
 def read_query(parsers: Parsers, required: Collection[str] = ()) -> dict[str, Any]:
     """The values of the route's parameters; ApiError 422 names everything that is wrong."""
-    for name, _ in query_pairs():
-        required = set(required) - STANDS_FOR.get(name, set())
+    for name, value in query_pairs():
+        if value.strip(BLANKS) or name not in ABSENT_IF_EMPTY:
+            required = set(required) - STANDS_FOR.get(name, set())
     return parse_pairs(query_pairs(), parsers, required)
 
 
@@ -339,7 +342,8 @@ def current_account() -> Account:
 
 def read_naming() -> dict[str, str]:
     """The domain that the request names, by domain_name or domain_uuid, unless that is going to be refused."""
-    for name, value in query_pairs():
+    for name, given in query_pairs():
+        value = given.strip(BLANKS)
         if name == "domain_uuid" and is_uuid(value):
             return {name: value}
         if name == "domain_name" and value and can_hold(service().domains.codec, value) and "\0" not in value:
@@ -773,7 +777,7 @@ def answer_intervals(statement: str, columns: Mapping[str, bool]) -> Response:
         refuse("to", "must be at most 31 days after from")
     ended = ranges.clamp(lambda: until + LONGEST_CALL, ranges.LATEST)
     selection = select(values).within(start, ended, "end")
-    step = 60 * int(values["resolution"] or 1)
+    step = 60 * int(values["resolution"] or 5)
     parameters = {"until": until.isoformat(), "step": step, "active_only": bool(values["active_only"])}
     return answer_rows(statement, selection, columns, values, parameters)
 

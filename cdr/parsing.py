@@ -24,6 +24,13 @@ MOST_PARAMETERS = 200
 # A query string ends up in logs and histories.
 SECRETS_IN_QUERY = {"password", "password_confirmation", "token", "access_token", "api_token", "api_key", "key"}
 
+# Blanks around these are left out, as fusionapi did it.
+TRIMMED = {"domain_name", "domain_uuid", "date", "from", "to", "month", "resolution"}
+# And these are as if they were not there when they are empty. Not a domain: an answer about all of
+# them must not come of a name that a client forgot to fill in.
+ABSENT_IF_EMPTY = TRIMMED - {"domain_name", "domain_uuid"}
+BLANKS = " \t\r\n"
+
 
 # Values -----------------------------------------------------------------------
 
@@ -131,6 +138,12 @@ def check_text(value: Any) -> str:
     return value
 
 
+def read_value(name: str, value: Any) -> str:
+    """The text of a parameter, without the blanks around it where they mean nothing."""
+    text = parse_text(check_text(value))
+    return text.strip(BLANKS) if name in TRIMMED else text
+
+
 # Requests ---------------------------------------------------------------------
 
 
@@ -167,7 +180,7 @@ def refuse_secrets(pairs: Pairs) -> None:
 
 
 def parse_pairs(pairs: Pairs, parsers: Parsers, required: Collection[str] = ()) -> dict[str, Any]:
-    """The values by name, parsed; None for what was not given.
+    """The values by name, parsed; None for what was not given, or is empty where that means the same.
 
     Raises ApiError 422 naming every parameter that is unknown, given twice,
     missing or wrong.
@@ -184,8 +197,8 @@ def parse_pairs(pairs: Pairs, parsers: Parsers, required: Collection[str] = ()) 
     for name, parse in parsers.items():
         try:
             if name in given:
-                value = given[name]
-                values[name] = parse(value if parse is parse_uuids else parse_text(check_text(value)))
+                value = given[name] if parse is parse_uuids else read_value(name, given[name])
+                values[name] = None if value == "" and name in ABSENT_IF_EMPTY else parse(value)
             if name in required and values[name] in (None, ""):
                 raise ValueError("is required")
         except ValueError as error:

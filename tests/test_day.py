@@ -131,7 +131,7 @@ def ask_for(day: Day, path: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {day.attacker}\r\n\r\n".encode()
 
 
-HEAVY = "/api/concurrent_calls_by_domain?from=2026-10-01&to=2026-10-31"
+HEAVY = "/api/concurrent_calls_by_domain?from=2026-10-01&to=2026-10-31&resolution=1"
 
 
 def add_up_all(day: Day) -> None:

@@ -176,7 +176,7 @@ def test_without_a_setting_the_zone_is_the_databases(make_database: DatabaseMake
         ("", "2026-01-01T10:00:00.1234567", ["from", "to"]),
         ("2026-01-01T10:00+99:00", "2026-01-01T10:00+01:99", ["from", "to"]),
         ("0000-01-01", "2026-01-01\x00", ["from", "to"]),
-        ("２０２６-01-01", "2026-01-01 ", ["from", "to"]),
+        ("２０２６-01-01", "2026-01-01 x", ["from", "to"]),
         ("2026-01-01+01:00", "2026-W01-1", ["from", "to"]),
     ],
 )
@@ -233,7 +233,7 @@ def test_a_month_is_all_of_it_on_every_route(
 
 
 @pytest.mark.parametrize(
-    "month", ["2026-13", "2026-00", "0000-01", "2026-1", "202610", "2026-10-01", "２０２６-10", "", "x"]
+    "month", ["2026-13", "2026-00", "0000-01", "2026-1", "202610", "2026-10-01", "２０２６-10", "x"]
 )
 def test_bad_months(client: Client, month: str) -> None:
     for path in ("/api/call_range", "/api/call_totals", "/api/concurrent_calls_by_domain"):

@@ -228,8 +228,8 @@ in_linux = pytest.mark.skipif(
 )
 DOMAINS = 150
 MANY_ROWS = {
-    "concurrent_calls_by_domain?date=2026-02-03": 22_000_000,
-    "active_calls_by_domain?date=2026-02-03": 22_000_000,
+    "concurrent_calls_by_domain?date=2026-02-03&resolution=1": 22_000_000,
+    "active_calls_by_domain?date=2026-02-03&resolution=1": 22_000_000,
     "call_totals?from=2026-02-03&to=2026-02-03&group_by=domain_name,accountcode,day,hour": 20_000_000,
 }
 
