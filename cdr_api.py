@@ -10,7 +10,7 @@ Read it from top to bottom, as a request goes:
     Tenant gate      the bearer token's account, and which domains it may read
     Auth routes      register, login, logout
     Answers          calls as a stream, or in one piece if they are few
-    Call routes      calls, call, call_legs, call_range, domains, call_feed, call_totals, call_lookup, peaks, activity
+    Call routes      calls, call, call_legs, call_range, domains, extensions, feed, totals, lookup, peaks, activity
     Health           health
 
 A route is three steps: its parameters, one named statement of queries.sql, the answer.
@@ -633,12 +633,38 @@ def answer_belonging(
 @api.get("/domains")
 @tokens.login_required
 def domains() -> Response:
-    values = read_query(FORMAT)
-    output, columns = choose_format(values), {"domain_uuid": True, "domain_name": True}
-    listed = accounts.compose_listing("select_domains", apart=service().is_apart)
+    return answer_listing("select_domains", ("domain_uuid", "domain_name"), read_query(FORMAT), {})
+
+
+EXTENSIONS: dict[str, Any] = {**DOMAIN, **FORMAT}
+EXTENSION_COLUMNS = (
+    "extension_uuid",
+    "domain_uuid",
+    "domain_name",
+    "extension",
+    "number_alias",
+    "effective_caller_id_name",
+)
+
+
+@api.get("/extensions")
+@tokens.login_required
+def extensions() -> Response:
+    values = read_query(EXTENSIONS)
+    named = values["domain_name"] is not None or values["domain_uuid"] is not None
+    uuids = list(read_domains(values).uuids) if named else None
+    return answer_listing("select_extensions", EXTENSION_COLUMNS, values, {"domain_uuids": uuids})
+
+
+def answer_listing(
+    statement: str, names: Sequence[str], values: Mapping[str, Any], parameters: Mapping[str, Any]
+) -> Response:
+    """The rows of a statement about the account's domains; all columns are text."""
+    output, columns, account = choose_format(values), dict.fromkeys(names, True), current_account()
+    listed: sql.Composable = accounts.compose_listing(statement, apart=service().is_apart)
     query = escape_rows(listed, columns) if values["csv_safe"] else listed
-    with service().listing(current_account().account_id, client()) as connection:
-        rows = copy_query(connection, query, current_account().domain_parameters(), output, columns)
+    with service().listing(account.account_id, client()) as connection:
+        rows = copy_query(connection, query, {**account.domain_parameters(), **parameters}, output, columns)
         stream = CallStream(service(), connection, rows, output, list(columns), calls=False)
     return answer_stream(stream, {})
 
@@ -689,6 +715,7 @@ GROUPS = (
     "hour",
     "day",
     "month",
+    "destination_prefix",
 )
 parse_groups = list_of(GROUPS, "group", f"; it knows {', '.join(GROUPS)}")
 
@@ -697,12 +724,14 @@ TOTALS: dict[str, Any] = {
     "by": parse_by,
     **DOMAIN,
     "group_by": parse_groups,
+    "prefix_length": integer_between(1, 32),
     "tz": parse_zone,
     **FORMAT,
     **FILTERS,
 }
 
 
+USUAL_PREFIX = 3  # digits
 TOTALS_COLUMNS = {"calls": False, "answered": False, "billsec": False, "billmsec": False, "digest": True}
 
 
@@ -710,15 +739,21 @@ TOTALS_COLUMNS = {"calls": False, "answered": False, "billsec": False, "billmsec
 @tokens.login_required
 def call_totals() -> Response:
     values = read_query(TOTALS, {"from", "to"})
+    names = values["group_by"] or ()
+    if values["prefix_length"] and "destination_prefix" not in names:
+        refuse("prefix_length", "is for group_by=destination_prefix")
     selection = select_range(values)
-    keys = [sql.Identifier(name) for name in values["group_by"] or ()]
-    listed = sql.SQL(", ").join(keys)
+    made = {"destination_prefix": STATEMENTS["first_digits"].format()}
+    keys = sql.SQL("").join(made.get(name, sql.Identifier(name)) + sql.SQL(", ") for name in names)
+    listed = sql.SQL(", ").join(map(sql.Identifier, names))
     # Hours by time: as text, the two of the night in which the clocks go back would change places.
-    order = sql.SQL(", ").join(sql.SQL("hour::timestamptz") if key == sql.Identifier("hour") else key for key in keys)
-    group_by = sql.SQL("GROUP BY {0} ORDER BY {1}").format(listed, order) if keys else sql.SQL("")
-    columns = {**dict.fromkeys(values["group_by"] or (), True), **TOTALS_COLUMNS}
-    keys_first = listed + sql.SQL(", ") if keys else listed
-    return answer_rows("select_totals", selection, columns, values, keys=keys_first, group_by=group_by)
+    order = sql.SQL(", ").join(
+        sql.SQL("hour::timestamptz") if name == "hour" else sql.Identifier(name) for name in names
+    )
+    group_by = sql.SQL("GROUP BY {0} ORDER BY {1}").format(listed, order) if names else sql.SQL("")
+    columns = {**dict.fromkeys(names, True), **TOTALS_COLUMNS}
+    more = {"prefix_length": values["prefix_length"] or USUAL_PREFIX}
+    return answer_rows("select_totals", selection, columns, values, more, keys=keys, group_by=group_by)
 
 
 @api.post("/call_lookup")

@@ -430,6 +430,13 @@ COPY ({query}) TO STDOUT (FORMAT csv, HEADER %(header)s);
 -- formula, with an apostrophe before it.
 CASE WHEN {column}::text ~ '^[=+@\t\r\n-]' THEN '''' || {column} ELSE {column}::text END AS {name};
 
+-- name: conversation_uuid
+-- No statement but a column of it: the leg that a leg was made for, or else its own uuid. A queue's caller is the
+-- member of the agents' legs.
+coalesce(calls.originating_leg_uuid::text,
+         CASE WHEN calls.cc_side = 'agent' THEN calls.cc_member_session_uuid::text END,
+         calls.xml_cdr_uuid::text) AS conversation_uuid
+
 -- name: escape_rows
 -- The rows of {query}, with {columns} escaped.
 SELECT {columns} FROM ({query}) AS calls;
@@ -608,6 +615,11 @@ SELECT {keys}
               to_char(moment, 'YYYY-MM') AS month) AS calendar
 {group_by};
 
+-- name: first_digits
+-- No statement but a key of select_totals: the first prefix_length digits of the destination, with a "+" before them
+-- if it is stored; fewer where it has fewer, NULL where it begins with something else.
+substring(calls.destination_number::text FROM '^[+]?[0-9]{{1,' || %(prefix_length)s || '}}') AS destination_prefix
+
 -- name: select_peaks
 -- One row is an interval of a domain with its highest number of simultaneous
 -- calls. A sweep: a call adds one at its start and takes it away at its end, an
@@ -762,6 +774,15 @@ SELECT coalesce(json_agg(json_build_object('uuid', d.domain_uuid,
 SELECT d.domain_uuid::text AS domain_uuid, d.domain_name
   FROM {readable} AS d
  ORDER BY d.domain_name, d.domain_uuid;
+
+-- name: select_extensions
+-- One row is an extension of the domains that are {readable}, or of those of domain_uuids among them, by domain and number.
+SELECT e.extension_uuid::text AS extension_uuid, d.domain_uuid::text AS domain_uuid, d.domain_name,
+       e.extension, e.number_alias, e.effective_caller_id_name
+  FROM {readable} AS d
+  JOIN v_extensions AS e ON e.domain_uuid = d.domain_uuid
+ WHERE %(domain_uuids)s::uuid[] IS NULL OR d.domain_uuid = ANY(%(domain_uuids)s::uuid[])
+ ORDER BY d.domain_name, e.extension, e.extension_uuid;
 
 -- name: find_uuids
 -- One row is a domain that has one of some names, or one of them as its uuid.

@@ -5,7 +5,7 @@
 --
 -- It may be run again at any time (after an upgrade of this program it should
 -- be): it changes only what is missing. It touches nothing of FusionPBX's but
--- the rights to read two of its tables. Needs PostgreSQL 11 or newer.
+-- the rights to read two of its tables, and some columns of its extensions. Needs PostgreSQL 11 or newer.
 --
 -- The side tables may be in a database of their own (CDR_API_ACCOUNTS_DSN). What is to
 -- be made is then said before, in the same session, by -c "SET cdr_api.side_tables = 'WORD'":
@@ -122,8 +122,8 @@ BEGIN
   IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = 'cdr_api.version'::regclass AND contype = 'p') THEN
     ALTER TABLE cdr_api.version ADD PRIMARY KEY (version);
   END IF;
-  INSERT INTO cdr_api.version VALUES (5) ON CONFLICT DO NOTHING;
-  DELETE FROM cdr_api.version WHERE version <> 5;
+  INSERT INTO cdr_api.version VALUES (6) ON CONFLICT DO NOTHING;
+  DELETE FROM cdr_api.version WHERE version <> 6;
 
   GRANT SELECT, INSERT, UPDATE, DELETE
      ON cdr_api.accounts, cdr_api.grants, cdr_api.tokens, cdr_api.secrets, cdr_api.attempts, cdr_api.warnings TO cdr_api;
@@ -177,8 +177,8 @@ GRANT EXECUTE ON FUNCTION cdr_api.timeline(), cdr_api.timeline_end(integer, inte
 REVOKE ALL ON SCHEMA cdr_api FROM PUBLIC;
 GRANT USAGE ON SCHEMA cdr_api TO cdr_api;
 
--- Of FusionPBX's own tables: reading these two, and nothing else. A CDR archive
--- need not have v_domains: the names of domains are read beside the accounts.
+-- Of FusionPBX's own tables: reading these two and some columns of a third, none of which is
+-- a password, and nothing else. A CDR archive need have but the first.
 DO $$
 BEGIN
   IF current_setting('cdr_api.side_tables', true) = 'only' THEN
@@ -189,6 +189,9 @@ BEGIN
     GRANT SELECT ON v_domains TO cdr_api;
   ELSE
     RAISE NOTICE 'There is no v_domains here: this database can be an archive of calls, not that of accounts.';
+  END IF;
+  IF to_regclass('v_extensions') IS NOT NULL THEN
+    GRANT SELECT (extension_uuid, domain_uuid, extension, number_alias, effective_caller_id_name) ON v_extensions TO cdr_api;
   END IF;
 END $$;
 

@@ -19,7 +19,7 @@ from cdr.settings import Settings, unknown_settings
 
 Check = Callable[[Subject, Connection], Iterator[Finding]]
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 ENVIRONMENT_FILE = Path("/etc/cdr-api/env")  # where DEPLOYMENT.md puts it
 UNIT_FILE = Path("/etc/systemd/system/cdr-api.service")
 

@@ -135,16 +135,17 @@ const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 /** What a route's form asks for. */
 function readForm(form, { method, path, operation }) {
   const query = new URLSearchParams(), headers = {}, body = new URLSearchParams();
-  let json = null;
+  let json = null, target = path.slice(1);
   for (const { name, value, dataset } of form.elements) {
     if (!name || value === "") continue;
     if (name === "lookup") json = value;
+    else if (dataset.in === "path") target = target.replace(`{${name}}`, encodeURIComponent(value));
     else ({ header: (n, v) => (headers[n] = v), body: (n, v) => body.append(n, v) }[dataset.in] ?? ((n, v) => query.append(n, v)))(name, value);
   }
   if (json !== null) headers["Content-Type"] = "application/json";
   const search = String(query);
   return {
-    url: path.slice(1) + (search && `?${search}`), method: method.toUpperCase(), headers, body: json ?? (body.size ? body : undefined),
+    url: target + (search && `?${search}`), method: method.toUpperCase(), headers, body: json ?? (body.size ? body : undefined),
     open: operation.security?.length === 0,
   };
 }

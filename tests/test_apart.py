@@ -168,7 +168,7 @@ def test_check_looks_at_both(pair: Pair) -> None:
     assert status == 0, lines
     subjects = [found["subject"] for found in json.loads(pair.run("check", "--json"))]
     assert subjects.index("CDR_API_ACCOUNTS_DSN") < subjects.index("side tables") < subjects.index("CDR_API_DSN")
-    assert lines["side tables"] == "✓ side tables        version 5"
+    assert lines["side tables"] == "✓ side tables        version 6"
     assert lines["role"].endswith("cdr_api reads v_xml_cdr and v_domains and writes neither")
     wanted = 2 * 2 * 3  # both databases are on one server
     _, lines = check(pair.app(CDR_API_WORKERS="2", CDR_API_THREADS="3"))
@@ -238,7 +238,7 @@ def test_an_older_table_of_the_version_gets_its_key(make_database: DatabaseMaker
     database.execute("CREATE TABLE cdr_api.version (version integer NOT NULL)")
     database.execute("INSERT INTO cdr_api.version VALUES (4)")
     run_schema(database, "")
-    assert check(database.app())[1]["side tables"] == "✓ side tables        version 5"
+    assert check(database.app())[1]["side tables"] == "✓ side tables        version 6"
 
 
 def test_a_wrong_word_stops_schema_sql(make_database: DatabaseMaker) -> None:

@@ -207,3 +207,32 @@ def test_it_works_in_every_release(make_database: DatabaseMaker, release: str) -
     for format_name in ("ndjson", "csv"):
         lines = client.get(f"/api/calls/{bridged}/legs", format=format_name, fields="xml_cdr_uuid").text.splitlines()
         assert len(lines) == (4 if format_name == "csv" else 3)
+
+
+@pytest.mark.parametrize("release", demo.RELEASES)
+def test_a_call_tells_the_leg_that_began_its_conversation(make_database: DatabaseMaker, release: str) -> None:
+    """By each shape in which FusionPBX's importer stores a conversation, as docs/api.md has them in a table."""
+    database = make_database(release)
+    caller = database.insert_call(cc_side="", bridge_uuid=NOT_STORED)
+    queued = database.insert_call(cc_side="member", cc_member_uuid=NOBODY)
+    expected = {caller: caller, queued: queued}
+    for number in (1, 2):  # agents that were rung
+        expected[database.insert_call(cc_side="agent", cc_member_session_uuid=queued, billsec=number)] = queued
+    consultation = database.insert_call(bridge_uuid=NOT_STORED)
+    expected[consultation] = consultation
+    if release[0] != "4":
+        ringing = [database.insert_call(originating_leg_uuid=caller, hangup_cause=c) for c in ("LOSE_RACE", "NORMAL")]
+        second = database.insert_call(originating_leg_uuid=ringing[1])
+        expected |= {**dict.fromkeys(ringing, caller), second: ringing[1]}
+    client = database.client(database.account("alpha.example.com"))
+    fields = {"fields": "xml_cdr_uuid,conversation_uuid"}
+    for more in ({}, {"limit": "100"}, {"order": "desc"}):
+        found = client.calls(**fields, **more)
+        assert {call["xml_cdr_uuid"]: call["conversation_uuid"] for call in found} == expected
+    ranged = client.call_range("2026-02-03", "2026-02-03", **fields)  # a short answer
+    assert {call["xml_cdr_uuid"]: call["conversation_uuid"] for call in ranged} == expected
+    mine = {"domain_name": "alpha.example.com", "format": "csv", **fields}
+    for safe in ("true", "false"):
+        rows = list(csv.reader(io.StringIO(client.get("/api/calls", **mine, csv_safe=safe).text)))
+        assert {row[0]: row[1] for row in rows[1:]} == expected
+    assert client.get(f"/api/calls/{queued}", **fields).get_json()["conversation_uuid"] == queued

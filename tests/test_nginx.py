@@ -469,7 +469,7 @@ def test_the_ninth_answer_at_once_is_429(database: Database, nginx: Nginx, token
         for m, path in routes(database.app())
         if path not in SMALL and not re.match("/api/(docs|usage|assets)", path)
     ]
-    assert len(large) == 10
+    assert len(large) == 11
     url = proxied_calls(nginx, ALPHA, limit="1")
     # Of several accounts, since the service counts by account.
     commands = [nginx.command(url, "-i", token=database.account(ALPHA)) for _ in range(8)]

@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+import demo
 from tests.conftest import Client, Database, DatabaseMaker, problem
 
 Call = dict[str, Any]
@@ -419,3 +420,38 @@ def test_bad_intervals(few: Client, parameters: dict[str, str], faulty: list[str
         response = few.get(f"/api/{kind}_calls_by_domain", **parameters)
         assert response.status_code == 422
         assert list(problem(response)["data"]) == faulty
+
+
+@pytest.mark.parametrize("release", demo.RELEASES)
+def test_totals_by_the_first_digits_of_the_destination(make_database: DatabaseMaker, release: str) -> None:
+    database = make_database(release)
+    numbers = ["4930123", "4930456", "49401", "+4930123", "+49", "49", "7", "*98", "voicemail", "", None, "٤٩"]
+    for power, number in enumerate(numbers):
+        database.insert_call(destination_number=number, billsec=2**power)
+    client = database.client(database.account("alpha.example.com"))
+    february = {"month": "2026-02", "group_by": "destination_prefix"}
+
+    def totals(**parameters: str) -> dict[str | None, int]:
+        rows = client.get("/api/call_totals", **february | parameters).get_json()
+        assert all(row["calls"] == row["billsec"].bit_count() for row in rows)
+        return {row["destination_prefix"]: row["billsec"] for row in rows}
+
+    other = 128 + 256 + 512 + 1024 + 2048
+    assert totals(prefix_length="4") == {"4930": 3, "4940": 4, "+4930": 8, "+49": 16, "49": 32, "7": 64, None: other}
+    assert totals() == {"493": 3, "494": 4, "+493": 8, "+49": 16, "49": 32, "7": 64, None: other}
+    assert totals(prefix_length="1") == {"4": 39, "+4": 24, "7": 64, None: other}
+    assert totals(prefix_length="4", destination_prefix="493") == {"4930": 3}
+    table = client.get("/api/call_totals", **february, prefix_length="2", format="csv", csv_safe="true").text
+    assert "'+49,2,0" not in table  # a number of calls, of answered calls
+    assert "'+49,2,2,24,0," in table
+    both = client.get("/api/call_totals", **february | {"group_by": "day,destination_prefix"}).get_json()
+    assert {row["day"] for row in both} == {"2026-02-03"}
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"prefix_length": "3"}, {"prefix_length": "3", "group_by": "day"}, {"prefix_length": "0"}]
+)
+def test_bad_prefix_lengths(few: Client, parameters: dict[str, str]) -> None:
+    response = few.get("/api/call_totals", month="2026-02", **parameters)
+    assert response.status_code == 422
+    assert list(problem(response)["data"]) == ["prefix_length"]
