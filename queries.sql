@@ -445,8 +445,15 @@ SELECT {columns} FROM ({query}) AS calls;
 -- One row: pid, the process that serves us; whether an index brings the calls of a
 -- domain in the order of the key, or those of a range by its epochs; probed, whether it
 -- does so for all of the table (a part that is a foreign table, or that inherits, has none of its indexes); lockable, whether LOCK TABLE takes the table; and
--- doubled, whether nothing keeps a plain table from holding a key twice.
-WITH indexes AS (
+-- doubled, whether nothing keeps a plain table, or a partition of this server, from holding a key twice.
+WITH RECURSIVE parts AS (
+    SELECT c.oid, c.relkind FROM pg_class AS c WHERE c.oid = to_regclass('v_xml_cdr')
+     UNION ALL
+    SELECT c.oid, c.relkind
+      FROM parts
+      JOIN pg_inherits AS i ON i.inhparent = parts.oid
+      JOIN pg_class AS c ON c.oid = i.inhrelid AND c.relispartition
+), indexes AS (
     SELECT i.indisvalid, i.indisunique, i.indpred,
            (SELECT array_agg(a.attname::text ORDER BY a.attnum)
               FROM pg_attribute AS a
@@ -468,9 +475,12 @@ SELECT pg_backend_pid() AS pid, indexed, epochs_indexed,
                               AND (part.relkind = 'f' OR whole.relkind <> 'p')) AS probed,
        EXISTS (SELECT FROM indexes WHERE indisvalid AND columns[1:2] = ARRAY['domain_name', 'end_stamp']) AS nameless_indexed,
        coalesce((SELECT relkind IN ('r', 'p', 'v') FROM pg_class WHERE oid = to_regclass('v_xml_cdr')), true) AS lockable,
-       coalesce((SELECT relkind IN ('r', 'p') FROM pg_class WHERE oid = to_regclass('v_xml_cdr')), false)
-           AND NOT EXISTS (SELECT FROM indexes WHERE indisunique AND indisvalid AND indpred IS NULL
-                              AND columns && ARRAY['uuid', 'xml_cdr_uuid']) AS doubled
+       EXISTS (SELECT FROM parts
+                WHERE relkind = 'r'
+                  AND NOT EXISTS (SELECT FROM pg_index AS i
+                                    JOIN pg_attribute AS a ON a.attrelid = i.indexrelid AND a.attnum <= i.indnkeyatts
+                                   WHERE i.indrelid = parts.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
+                                     AND a.attname IN ('uuid', 'xml_cdr_uuid'))) AS doubled
   FROM served;
 
 -- name: set_session
@@ -1150,6 +1160,19 @@ SELECT a.attname AS column_name, format_type(a.atttypid, NULL) AS data_type
 SELECT indexrelid::regclass::text AS index_name
   FROM pg_index
  WHERE indrelid = to_regclass('v_xml_cdr') AND NOT indisvalid;
+
+-- name: find_parts
+-- One row: partitioned, whether v_xml_cdr is; far, those of it and its parts that are on other
+-- servers (the table itself alone, where it is one).
+WITH RECURSIVE members AS (
+    SELECT to_regclass('v_xml_cdr')::oid AS oid
+     UNION
+    SELECT i.inhrelid FROM pg_inherits AS i JOIN members AS m ON i.inhparent = m.oid
+)
+SELECT coalesce(bool_or(c.oid = to_regclass('v_xml_cdr') AND c.relkind = 'p'), false) AS partitioned,
+       coalesce(array_agg(c.relname::text ORDER BY c.relname) FILTER (WHERE c.relkind = 'f'), '{}') AS far
+  FROM members AS m
+  JOIN pg_class AS c ON c.oid = m.oid;
 
 -- name: forbid_scans
 -- For explain: its answer must not depend on how small the table is today.

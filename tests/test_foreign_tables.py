@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import psycopg
 import pytest
 
 import demo
+from cdr.check_calls import RANGE_INDEX
 from cdr_api import create_app
 from tests.commands import check
 from tests.conftest import UNTIL, Client, Database, problem
@@ -32,8 +35,8 @@ ALPHA = "alpha.example.com"
 EVER = {"from": "2026-01-01", "to": "2026-12-31"}
 
 
-@pytest.fixture(scope="module")
-def folder(server: demo.PostgresServer) -> Iterator[Path]:
+@contextmanager
+def start_cluster(server: demo.PostgresServer) -> Iterator[Path]:
     """Where a cluster of Debian's PostgreSQL listens on a socket; the embedded one has no postgres_fdw."""
     folder = Path(tempfile.mkdtemp(prefix="cdr-api-"))
     user = server.system_user  # not root, as which PostgreSQL refuses to run
@@ -70,41 +73,55 @@ class Remote(Database):
 
 
 @pytest.fixture(scope="module")
-def remote(server: demo.PostgresServer, folder: Path) -> Remote:
-    """Two databases: elsewhere holds the calls, pbx sees one half of them there and has the other itself."""
-    remote = Remote(server, "pbx")
-    remote.folder = folder
-    with connect(folder) as connection:
-        connection.execute("CREATE DATABASE elsewhere")
-        connection.execute("CREATE DATABASE pbx")
-    for name in ("elsewhere", "pbx"):
-        with connect(folder, name) as connection:
-            demo.create_tables(connection, demo.NEWEST)
-            for domain in demo.DOMAINS:
-                demo.add_domain(connection, domain)
-            connection.execute((Path(demo.HERE).parent / "schema.sql").read_text("utf-8"))
-            connection.execute("ALTER ROLE cdr_api LOGIN")
+def remote(server: demo.PostgresServer) -> Iterator[Remote]:
+    """Two servers: one holds a table of calls, the other has FusionPBX's database and sees that table as far."""
+    with start_cluster(server) as here, start_cluster(server) as there:
+        for folder, name in ((here, "pbx"), (there, "elsewhere")):
+            with connect(folder) as connection:
+                connection.execute(f"CREATE DATABASE {name}")
+            with connect(folder, name) as connection:
+                demo.create_tables(connection, demo.NEWEST)
+                for domain in demo.DOMAINS:
+                    demo.add_domain(connection, domain)
+                connection.execute((Path(demo.HERE).parent / "schema.sql").read_text("utf-8"))
+                connection.execute("ALTER ROLE cdr_api LOGIN")
+        with connect(there, "elsewhere") as connection:
+            connection.execute(demo.INDEX)
+        remote = Remote(server, "pbx")
+        remote.folder = here
+        remote.execute("ALTER TABLE v_xml_cdr RENAME TO plain")
+        link(remote, there)
+        yield remote
+
+
+def link(remote: Remote, there: Path) -> None:
+    """As docs/clusters.md has it."""
+    columns = ", ".join(f"{column[0]} {column[1]}" for column in demo.read_release(demo.NEWEST)["v_xml_cdr"])
+    options = f"host '{there}', dbname 'elsewhere', fetch_size '5000', batch_size '1000'"
+    remote.execute(f"""
+        CREATE EXTENSION postgres_fdw;
+        CREATE SERVER elsewhere FOREIGN DATA WRAPPER postgres_fdw OPTIONS ({options});
+        CREATE USER MAPPING FOR PUBLIC SERVER elsewhere OPTIONS (user 'postgres', password_required 'false');
+        CREATE FOREIGN TABLE far ({columns}) SERVER elsewhere OPTIONS (table_name 'v_xml_cdr');
+        ALTER FOREIGN TABLE far ALTER xml_cdr_uuid SET NOT NULL""")
+
+
+def fill(remote: Remote, calls: int) -> None:
+    """New calls, the same in the plain table here and in the one there."""
     with remote.connect() as connection:
-        demo.add_calls(connection, 600, until=UNTIL)
+        connection.execute("TRUNCATE plain")
+        connection.execute("DELETE FROM far")
+        connection.execute("ALTER TABLE plain RENAME TO v_xml_cdr")
+        demo.add_calls(connection, calls, until=UNTIL)
         connection.execute("ALTER TABLE v_xml_cdr RENAME TO plain")
-        connection.execute("CREATE EXTENSION postgres_fdw")
-        source = f"host '{folder}', dbname 'elsewhere'"
-        connection.execute(f"CREATE SERVER elsewhere FOREIGN DATA WRAPPER postgres_fdw OPTIONS ({source})")
-        login = "user 'postgres', password_required 'false'"
-        connection.execute(f"CREATE USER MAPPING FOR PUBLIC SERVER elsewhere OPTIONS ({login})")
-        columns = ", ".join(f"{column[0]} {column[1]}" for column in demo.read_release(demo.NEWEST)["v_xml_cdr"])
-        connection.execute(
-            f"CREATE FOREIGN TABLE far ({columns}) SERVER elsewhere OPTIONS (table_name 'v_xml_cdr');"
-            "ALTER FOREIGN TABLE far ALTER xml_cdr_uuid SET NOT NULL"
-        )
         connection.execute("INSERT INTO far SELECT * FROM plain")
-    return remote
 
 
 def read_all(remote: Remote, token: str) -> list[bytes]:
     client = Client(create_app({"CDR_API_DSN": remote.dsn, "CDR_API_SYSLOG": "off", "CDR_API_TIMEZONE": "UTC"}), token)
     remote.apps.append(client.app)
     mine = {"domain_name": ALPHA}
+    some = [call["xml_cdr_uuid"] for call in client.calls()[::20]]
     found = [
         client.get("/api/calls", **mine),
         client.get("/api/calls", format="csv", **mine),
@@ -113,6 +130,8 @@ def read_all(remote: Remote, token: str) -> list[bytes]:
         client.get("/api/call_totals", group_by="domain_uuid,day", **EVER),
         client.get("/api/concurrent_calls_by_domain", date="2026-11-02", resolution="60"),
         client.get("/api/active_calls_by_domain", date="2026-11-02", resolution="60"),
+        client.get("/api/domains"),
+        client.post("/api/call_lookup?fields=xml_cdr_uuid,billsec", json={"xml_cdr_uuid": some}),
     ]
     assert [response.status_code for response in found] == [200] * len(found), found[0].text
     return [response.data for response in found]
@@ -123,13 +142,22 @@ WAYS = {
     "foreign partitions": """
         CREATE TABLE v_xml_cdr (LIKE plain) PARTITION BY RANGE (end_stamp);
         CREATE TABLE new PARTITION OF v_xml_cdr FOR VALUES FROM ('2026-11-01') TO (MAXVALUE);
+        ALTER TABLE new ADD PRIMARY KEY (xml_cdr_uuid);
         INSERT INTO new SELECT * FROM plain WHERE end_stamp >= '2026-11-01';
         DELETE FROM far WHERE end_stamp >= '2026-11-01';
-        ALTER TABLE v_xml_cdr ATTACH PARTITION far FOR VALUES FROM (MINVALUE) TO ('2026-11-01')""",
+        ALTER TABLE v_xml_cdr ATTACH PARTITION far FOR VALUES FROM (MINVALUE) TO ('2026-11-01');
+        CREATE INDEX ON v_xml_cdr (domain_uuid, end_stamp, xml_cdr_uuid)""",
+}
+
+INDEX = RANGE_INDEX.format(key="xml_cdr_uuid")
+EXPECTED = {
+    "a foreign table": f"! index              v_xml_cdr is on another server, where this index has to be: {INDEX}",
+    "foreign partitions": f"! index              far is on another server, where this index has to be: {INDEX}",
 }
 
 
 def test_every_route_but_the_feed_gives_what_a_plain_table_gives(remote: Remote) -> None:
+    fill(remote, 600)
     remote.execute("ALTER TABLE plain RENAME TO v_xml_cdr")
     remote.execute("GRANT SELECT ON v_xml_cdr TO cdr_api")
     token = remote.account(ALPHA)
@@ -144,7 +172,58 @@ def test_every_route_but_the_feed_gives_what_a_plain_table_gives(remote: Remote)
         refused = client.get("/api/call_feed", **{"from": "2026-01-01"})
         assert refused.status_code == 409
         assert "a foreign table" in problem(refused)["message"]
-        assert check(client.app)[1]["tables"].startswith("✗ tables             ")
+        lines = check(client.app)[1]
+        assert lines["tables"].startswith("✗ tables             ")
+        assert lines["index"] == EXPECTED[way]
         if way == "a foreign table":
             remote.execute("ALTER FOREIGN TABLE v_xml_cdr RENAME TO far")
+    remote.close()
+
+
+# How long it takes ------------------------------------------------------------
+
+TIMED: list[tuple[str, dict[str, str]]] = [
+    ("/api/call_range", {"domain_name": ALPHA, "from": "2026-09-02", "to": "2026-09-02"}),
+    ("/api/call_range", {"domain_name": ALPHA, "from": "2026-11-12", "to": "2026-11-12"}),
+    ("/api/call_range", {"domain_name": ALPHA, "from": "2026-09-01", "to": "2026-09-30"}),
+    ("/api/calls", {"domain_name": ALPHA, "limit": "1000"}),
+    ("/api/call_totals", {"from": "2026-09-01", "to": "2026-09-30"}),
+    ("/api/concurrent_calls_by_domain", {"date": "2026-09-02", "resolution": "60"}),
+]
+
+
+def measure(remote: Remote, token: str) -> list[tuple[int, float]]:
+    """The bytes of each answer, and the milliseconds of the fastest of five."""
+    client = remote.client(token, remote.app(CDR_API_TIMEZONE="UTC"))
+    found = []
+    for path, values in TIMED:
+        times = []
+        for _ in range(5):
+            begun = time.perf_counter()
+            response = client.get(path, **values)
+            size = len(response.data)
+            times.append(time.perf_counter() - begun)
+            assert response.status_code == 200
+        found.append((size, 1000 * min(times)))
+    return found
+
+
+@pytest.mark.cluster
+def test_how_long_two_servers_take(remote: Remote) -> None:
+    """Prints the figures of docs/clusters.md; the answers are the same."""
+    fill(remote, 30_000)
+    remote.execute("ALTER TABLE plain RENAME TO v_xml_cdr")
+    remote.execute("GRANT SELECT ON v_xml_cdr TO cdr_api")
+    remote.execute("CREATE INDEX ON v_xml_cdr (domain_uuid, end_stamp, xml_cdr_uuid)")
+    token = remote.account(ALPHA)
+    one = measure(remote, token)
+    remote.close()
+    remote.execute("ALTER TABLE v_xml_cdr RENAME TO plain")
+    remote.execute(WAYS["foreign partitions"])
+    remote.execute("GRANT SELECT ON v_xml_cdr TO cdr_api")
+    remote.execute("ANALYZE v_xml_cdr")
+    two = measure(remote, token)
+    assert [size for size, _ in two] == [size for size, _ in one]
+    for (path, values), (size, alone), (_, both) in zip(TIMED, one, two, strict=True):
+        print(f"{path} {values} {size / 1000:.0f} kB: {alone:.0f} ms, over two servers {both:.0f} ms")  # noqa: T201
     remote.close()

@@ -73,6 +73,19 @@ def test_a_table_partitioned_by_month_gives_the_same_answers(database: Database,
     assert read_partitions(database, "2026-09-30", "2026-10-02") == {"v_xml_cdr_2026_09", "v_xml_cdr_2026_10"}
 
 
+def test_check_tells_an_index_that_a_partitioned_table_takes(make_database: DatabaseMaker) -> None:
+    database = make_database(calls=300, index=True)
+    database.execute(PARTITION)
+    app = database.app()
+    assert check(app)[1]["index"] == "✓ index              an index serves ranges"
+    names = database.execute("SELECT indexrelid::regclass::text FROM pg_index WHERE indrelid = 'v_xml_cdr'::regclass")
+    database.execute(f"DROP INDEX {', '.join(name for (name,) in names)}")
+    line = check(app)[1]["index"]
+    assert line.startswith("✗ index              no index serves ranges; run CREATE INDEX ON v_xml_cdr (domain_uuid,")
+    database.execute(line.partition("run ")[2].partition(" (meanwhile")[0])
+    assert check(app)[1]["index"].startswith("✓ ")
+
+
 def test_copies_of_the_service_take_each_others_tokens_and_cursors(database: Database) -> None:
     one, other = database.app(), database.app()
     token = database.account("alpha.example.com")
