@@ -590,10 +590,11 @@ SELECT EXISTS (SELECT FROM v_xml_cdr AS cdr
 -- name: find_subscriptions
 -- One row: how many subscriptions fill the members; known, whether each of them runs and has
 -- ended its first copy; and the instant up to which the slowest has applied its publisher's
--- changes (its last message has been applied when the next is read).
+-- changes (its last message has been applied when the next is read), and seconds since.
 SELECT count(DISTINCT r.srsubid) AS subscriptions,
        bool_and(r.srsubstate IN ('r', 's') AND s.pid IS NOT NULL) AS known,
-       min(s.latest_end_time)::text AS applied
+       min(s.latest_end_time)::text AS applied,
+       extract(epoch FROM clock_timestamp() - min(s.latest_end_time))::double precision AS lag
   FROM pg_subscription_rel AS r
   LEFT JOIN pg_stat_subscription AS s ON s.subid = r.srsubid AND s.relid IS NULL
  WHERE r.srrelid = ANY(%(members)s::oid[]);
@@ -1113,6 +1114,23 @@ SELECT name, text, to_char(seen_at, 'YYYY-MM-DD HH24:MI:SSTZH:TZM') AS seen_at
   FROM cdr_api.warnings
  WHERE seen_at > now() - interval '1 day'
  ORDER BY name;
+
+-- name: find_newest_call
+-- One row: seconds since the end of the newest call that has ended (NULL: there is none), by the
+-- index on the domain and the end, which is looked into twice for each domain_uuid.
+WITH RECURSIVE found AS (
+    (SELECT domain_uuid FROM v_xml_cdr WHERE domain_uuid IS NOT NULL ORDER BY domain_uuid LIMIT 1)
+     UNION ALL
+    SELECT (SELECT cdr.domain_uuid FROM v_xml_cdr AS cdr
+             WHERE cdr.domain_uuid > found.domain_uuid ORDER BY cdr.domain_uuid LIMIT 1)
+      FROM found
+     WHERE found.domain_uuid IS NOT NULL
+)
+SELECT extract(epoch FROM now() - max(newest.end_stamp))::double precision AS seconds
+  FROM found
+ CROSS JOIN LATERAL (SELECT cdr.end_stamp FROM v_xml_cdr AS cdr
+                      WHERE cdr.domain_uuid = found.domain_uuid AND cdr.end_stamp <= now()
+                      ORDER BY cdr.end_stamp DESC LIMIT 1) AS newest;
 
 -- name: find_standby_lag
 -- One row: seconds since the last transaction that arrived, if there is more to

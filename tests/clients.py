@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
+from prometheus_client.parser import text_string_to_metric_families
 from werkzeug.datastructures import Headers
 from werkzeug.test import EnvironBuilder, TestResponse
 
@@ -54,6 +55,16 @@ def curl(url: str, token: str, *options: str) -> subprocess.CompletedProcess[byt
     return subprocess.run(
         ["curl", "-sS", *options, "-H", f"Authorization: Bearer {token}", url], capture_output=True, check=False
     )
+
+
+def scrape(gunicorn: Gunicorn) -> dict[tuple[str, ...], float]:
+    """The value of each metric, by its name and the values of its labels."""
+    text = curl(f"{gunicorn.url}/metrics", "").stdout.decode()
+    return {
+        (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
 
 
 class Download:

@@ -12,7 +12,7 @@ import pytest
 
 import demo
 from cdr_api import create_app
-from tests.clients import Answer, fetch
+from tests.clients import Answer, fetch, scrape
 from tests.commands import check, flask
 from tests.conftest import PASSWORD, Gunicorn, serve, wait_for
 from tests.servers import Node, own_node, run_schema
@@ -68,7 +68,7 @@ class Half:
         return uuids
 
     def serve(self) -> AbstractContextManager[Gunicorn]:
-        return serve(self.settings["CDR_API_DSN"], **self.settings)
+        return serve(self.settings["CDR_API_DSN"], CDR_API_METRICS="on", **self.settings)
 
     def ask(self, gunicorn: Gunicorn, path: str) -> Answer:
         return fetch(f"{gunicorn.url}/api/{path}", self.token)
@@ -134,6 +134,8 @@ def test_calls_go_on_replicating_and_a_client_goes_on_at_the_other_node(halves: 
             _, lines = check(create_app({**half.settings, "CDR_API_SYSLOG": "off"}))
             assert lines["replication"] == "✓ replication        no publication takes the side tables"
             assert lines["subscription"].startswith("✓ ")
+            assert scrape(gunicorn)["cdr_api_subscription_running",] == 1
+            assert scrape(gunicorn)["cdr_api_subscription_lag_seconds",] < 60
         page = one.ask(served[0], f"calls?domain_name={ALPHA}&limit=15&fields=xml_cdr_uuid")
         rest = page.headers["Link"].partition("/api/")[2].partition(">")[0]
 
@@ -159,6 +161,7 @@ def test_calls_go_on_replicating_and_a_client_goes_on_at_the_other_node(halves: 
         assert two.poll(served[1]).status_code == 200
         assert sorted(two.found) == sorted(calls)
         assert two.through is None  # a node that nobody hears may have more
+        assert scrape(served[1])["cdr_api_subscription_running",] == 0
 
         one.node.start()
         calls |= one.store(20)

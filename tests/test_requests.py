@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from cdr.check import check_files
-from tests.clients import calls_url, curl, open_stream
+from tests.clients import calls_url, curl, open_stream, scrape
 from tests.commands import check
 from tests.conftest import PASSWORD, Client, Database, DatabaseMaker, Gunicorn, serve, wait_for
 from tests.servers import active_copies
@@ -177,15 +176,6 @@ def test_check_speaks_json(database: Database) -> None:
 
 
 # Metrics ------------------------------------------------------------------------
-
-
-def scrape(gunicorn: Gunicorn) -> dict[tuple[str, ...], float]:
-    text = curl(f"{gunicorn.url}/metrics", "").stdout.decode()
-    return {
-        (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
 
 
 def test_metrics_are_right_over_several_workers(database: Database, token: str) -> None:
