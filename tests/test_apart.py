@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 import psycopg
 import pytest
@@ -17,6 +18,7 @@ from tests.servers import run_schema
 
 ALPHA, BETA, GAMMA = demo.DOMAINS
 EVER = {"from": "2026-01-01", "to": "2026-12-31"}
+NAMELESS = str(UUID(int=7))  # a call of alpha without a domain_uuid
 DROP = (
     "DROP TABLE cdr_api.accounts, cdr_api.grants, cdr_api.tokens, cdr_api.secrets, cdr_api.attempts,"
     " cdr_api.warnings, cdr_api.version;"
@@ -59,7 +61,7 @@ def pair(make_database: DatabaseMaker) -> Pair:
         database.execute("DROP SCHEMA cdr_api CASCADE")
     aside.execute("DROP TABLE v_xml_cdr, v_domains")
     fusionpbx.execute("INSERT INTO v_domains (domain_uuid, domain_name) VALUES (gen_random_uuid(), %s)", [GAMMA])
-    fusionpbx.insert_call()
+    fusionpbx.insert_call(xml_cdr_uuid=NAMELESS)
     assert run_schema(fusionpbx, "none") == run_schema(aside, "only") == []
     assert (side_tables_of(fusionpbx), side_tables_of(aside)) == (0, 7)
     return Pair(fusionpbx, aside)
@@ -75,6 +77,8 @@ REQUESTS: list[tuple[str, dict[str, Any]]] = [
     ("/api/calls", {"domain_name": "no.such.domain"}),
     ("/api/call_range", {"domain_name": ALPHA, "limit": "1000", "fields": "xml_cdr_uuid", **EVER}),
     ("/api/call_totals", {"group_by": "domain_name", **EVER}),
+    (f"/api/calls/{NAMELESS}", {}),
+    (f"/api/calls/{NAMELESS}/legs", {}),
     ("/api/concurrent_calls_by_domain", {"date": "2026-11-02", "resolution": "60"}),
     ("/api/call_feed", {"from": "2026-01-01", "fields": "xml_cdr_uuid"}),
     ("/api/call_feed", {"from": "2026-01-01", "fields": "xml_cdr_uuid", "domain_name": ALPHA}),
@@ -114,10 +118,10 @@ def test_every_answer_is_that_of_side_tables_beside(pair: Pair) -> None:
     assert flask(pair.app(), "user", "list").stdout == flask(pair.fusionpbx.app(), "user", "list").stdout
     pair.fusionpbx.execute(DROP)
     statuses = {email: [status for status, _ in found] for email, found in apart.items()}
-    assert statuses["nothing@example.com"] == [200, 200, 403, 403, 403, 403, 403, 403, 200, 200, 200, 403]
-    assert statuses["alpha@example.com"] == [200, 200, 200, 200, 403, 403, 403, 200, 200, 200, 200, 200]
-    assert statuses["everything@example.com"] == [200, 200, 200, 200, 200, 200, 404, 200, 200, 200, 200, 200]
-    calls = [len(json.loads(apart[email][10][1])) for email in READERS]
+    assert statuses["nothing@example.com"] == [200, 200, 403, 403, 403, 403, 403, 403, 200, 404, 404, 200, 200, 403]
+    assert statuses["alpha@example.com"] == [200, 200, 200, 200, 403, 403, 403, 200, 200, 200, 200, 200, 200, 200]
+    assert statuses["everything@example.com"] == [200, 200, 200, 200, 200, 200, 404, 200, 200, 200, 200, 200, 200, 200]
+    calls = [len(json.loads(apart[email][12][1])) for email in READERS]
     assert calls[0] == 0 < calls[1] < calls[2] < calls[3] == 901
 
 

