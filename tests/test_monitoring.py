@@ -16,6 +16,7 @@ from prometheus_client import REGISTRY
 from cdr_metrics import GAUGES
 from tests.clients import calls_url, curl, scrape
 from tests.conftest import ROOT, Database, DatabaseMaker, serve, wait_for
+from tests.servers import own_node, standby_of
 
 RULES = ROOT / "deploy/prometheus-rules.yml"
 DASHBOARD = json.loads((ROOT / "deploy/grafana-dashboard.json").read_text("utf-8"))
@@ -79,6 +80,16 @@ def test_what_one_database_cannot_tell_is_left_out(database: Database) -> None:
         database.execute("ALTER TABLE cdr_api.away RENAME TO tokens")
     assert ("cdr_api_newest_call_age_seconds",) in found
     assert ("cdr_api_live_tokens",) not in found
+
+
+@pytest.mark.direct("runs servers of its own")
+def test_a_standby_tells_how_far_it_is_behind() -> None:
+    with (
+        own_node() as node,
+        standby_of(node) as standby,
+        serve(node.dsn("cdr_api"), CDR_API_CALLS_DSN=standby.dsn("cdr_api"), CDR_API_METRICS="on") as gunicorn,
+    ):
+        assert 0 <= scrape(gunicorn)["cdr_api_standby_lag_seconds",] < 60
 
 
 # Prometheus' own tool ---------------------------------------------------------
