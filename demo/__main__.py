@@ -18,8 +18,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import date, timedelta
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -41,6 +42,7 @@ from demo import (
 )
 
 ROOT = Path(__file__).parent.parent
+FULL = 40_000_000  # bytes that are left of a disk on which PostgreSQL can make no more files of its log
 PATIENCE = 60  # seconds that the service may take to answer, or to end
 
 READY = """
@@ -134,6 +136,17 @@ def prepare_demo(arguments: argparse.Namespace) -> dict[str, str]:
     return {"CDR_API_DSN": service_dsn(server, name), "CDR_API_REGISTER_DOMAINS": "*", "CDR_API_SYSLOG": "off"}
 
 
+def find_settings(arguments: argparse.Namespace) -> dict[str, str]:
+    """Those of prepare_demo; ends the program with a sentence if the disk is full."""
+    try:
+        return prepare_demo(arguments)
+    except (psycopg.Error, OSError):  # PostgreSQL may end without a word: it cannot write its log
+        folder = arguments.data if arguments.data.exists() else ROOT
+        if shutil.disk_usage(folder).free < FULL:
+            sys.exit(f"The disk of {folder} is full: free 500 MB and start again.")
+        raise
+
+
 def find_domain(dsn: str) -> str:
     """A domain of a database; ends the program with a sentence if it is not reached."""
     try:
@@ -149,8 +162,11 @@ def find_domain(dsn: str) -> str:
 
 
 def answers(address: tuple[str, int]) -> bool:
-    with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET) as probe:
-        return probe.connect_ex(address) == 0
+    """Whether a worker answers a request; that a connection is taken up says only that there will be one."""
+    with closing(HTTPConnection(*address, timeout=5)) as connection, suppress(OSError, HTTPException):
+        connection.request("GET", "/api/health")
+        return connection.getresponse().status > 0
+    return False
 
 
 @contextmanager
@@ -201,7 +217,7 @@ def main() -> int:
     arguments = read_arguments()
     address = find_address()
     own = not os.environ.get("CDR_API_DSN")
-    settings = prepare_demo(arguments) if own else {}
+    settings = find_settings(arguments) if own else {}
     environ = settings | {name: value for name, value in os.environ.items() if value}
     domain = DOMAINS[0] if own else find_domain(environ["CDR_API_DSN"])
     with serving(address, environ) as process:
@@ -214,6 +230,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (PostgresError, psycopg.Error, OSError) as error:
-        full = isinstance(error, psycopg.errors.DiskFull) or getattr(error, "errno", 0) == errno.ENOSPC
-        remedy = " Free 500 MB and start again." if full else ""
-        sys.exit(f"make run cannot go on. {' '.join(str(error).split())}{remedy}")
+        sys.exit(f"make run cannot go on. {' '.join(str(error).split())}")

@@ -38,6 +38,13 @@ def find_programs() -> Path:
     return Path(spec.origin).parent / "pginstall18" / "bin"
 
 
+def let_pass(path: Path) -> None:
+    """Lets other users through the folders above one, without letting them read what is in these."""
+    for folder in path.parents:
+        if not folder.stat().st_mode & 0o001:
+            folder.chmod(folder.stat().st_mode | 0o011)
+
+
 class PostgresServer:
     """A server that listens on a socket only, as long as this process runs.
 
@@ -103,14 +110,13 @@ class PostgresServer:
         os.write(self.lock, str(os.getpid()).encode())
 
     def hand_over(self, user: str) -> None:
-        """Lets a user run the programs and own the data. Others may pass through the folders above, not read them."""
+        """Lets a user run the programs and own the data."""
         programs = self.bin_path.parent
         for path in (programs, *programs.rglob("*")):
             mode = path.stat().st_mode
             path.chmod(mode | (0o055 if mode & 0o100 else 0o044))
-        for path in (*programs.parents, *self.data.parents):
-            if not path.stat().st_mode & 0o001:
-                path.chmod(path.stat().st_mode | 0o011)
+        let_pass(programs)
+        let_pass(self.data)
         if self.data.stat().st_uid != pwd.getpwnam(user).pw_uid:
             for path in (self.data, *self.data.rglob("*")):
                 shutil.chown(path, user)
@@ -123,6 +129,7 @@ class PostgresServer:
         folder = Path(tempfile.mkdtemp(prefix="cdr-api-", dir=temporary if len(temporary) <= LONGEST - 20 else "/tmp"))
         if self.system_user:
             shutil.chown(folder, self.system_user)
+            let_pass(folder)
         return folder
 
     def run(self, program: str, *options: str) -> None:

@@ -25,7 +25,7 @@ import sqlite3
 import sys
 import time
 import zoneinfo
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -37,6 +37,7 @@ WRONG_USE, CURSOR_GONE, NOT_ALLOWED, TRY_AGAIN, REFUSED, DIFFERS = 2, 3, 4, 5, 6
 
 TIMEOUT = 600  # seconds of silence; the first byte waits for the database
 PIECE = 64 * 1024  # bytes read at a time
+FILTERED = ("call_feed", "call_range", "call_totals")
 LOOKUP = 1_000  # uuids asked for at a time; the service takes up to 10,000
 
 Call = dict[str, Any]
@@ -110,10 +111,13 @@ class Pbx:
 
     url: str
     token: str
+    filters: tuple[tuple[str, str], ...] = ()  # of the calls that are read and compared
 
     @contextmanager
     def ask(self, route: str, body: Any = None, **parameters: str) -> Iterator[HTTPResponse]:
         """An answer of 200; RefusedError for another, RunError when it cannot be read to its end."""
+        if route in FILTERED:
+            parameters |= dict(self.filters)
         parts = urlsplit(self.url)
         # http.client follows no redirect, so the token goes to this host only.
         kind = {"https": HTTPSConnection, "http": HTTPConnection}[parts.scheme]
@@ -199,23 +203,31 @@ def set_position(ledger: Ledger, parameter: str, value: str, through: str | None
     ledger.execute("INSERT OR REPLACE INTO position VALUES (1, ?, ?, ?)", (parameter, value, through))
 
 
+def read_page(pbx: Pbx, ledger: Ledger, first: str | None, limit: int) -> tuple[int, str, str | None]:
+    """Stores a page of the feed, in the caller's transaction; gives the number of its calls, the cursor behind it,
+    and up to when everything has been delivered.
+    """
+    found = ledger.execute("SELECT parameter, value FROM position").fetchone()
+    parameter, value = found or ("from", first)
+    if value is None:
+        raise RunError(WRONG_USE, "The first poll needs --from: the day that the ledger begins with.")
+    where = {parameter: value, "fields": FIELDS, "format": "ndjson", "limit": str(limit)}
+    calls = 0
+    with pbx.ask("call_feed", **where) as response:
+        for call in read_calls(response):
+            store(ledger, call)
+            calls += 1
+        cursor, through = response.headers["X-Next-Cursor"], response.headers["X-Complete-Through"]
+    # http.client takes a head that was cut for a whole one; Link says the cursor again.
+    if not cursor or f"cursor={cursor}>" not in response.headers.get("Link", ""):
+        raise RunError(TRY_AGAIN, "The answer has no whole X-Next-Cursor; if that remains: is CDR_URL right?")
+    return calls, cursor, through
+
+
 def poll_page(pbx: Pbx, ledger: Ledger, first: str | None, limit: int) -> int:
     """Stores a page of the feed and the cursor behind it; gives the number of its calls."""
     with transaction(ledger):
-        found = ledger.execute("SELECT parameter, value FROM position").fetchone()
-        parameter, value = found or ("from", first)
-        if value is None:
-            raise RunError(WRONG_USE, "The first poll needs --from: the day that the ledger begins with.")
-        where = {parameter: value, "fields": FIELDS, "format": "ndjson", "limit": str(limit)}
-        calls = 0
-        with pbx.ask("call_feed", **where) as response:
-            for call in read_calls(response):
-                store(ledger, call)
-                calls += 1
-            cursor, through = response.headers["X-Next-Cursor"], response.headers["X-Complete-Through"]
-        # http.client takes a head that was cut for a whole one; Link says the cursor again.
-        if not cursor or f"cursor={cursor}>" not in response.headers.get("Link", ""):
-            raise RunError(TRY_AGAIN, "The answer has no whole X-Next-Cursor; if that remains: is CDR_URL right?")
+        calls, cursor, through = read_page(pbx, ledger, first, limit)
         set_position(ledger, "cursor", cursor, through)
     print(f"{calls} calls; everything stored up to {through} is here.")
     return calls
@@ -231,9 +243,13 @@ def begin_again(ledger: Ledger, refused: RefusedError, first: str | None) -> Non
     print(f"{refused} Beginning again with {start}.", file=sys.stderr)
 
 
-def poll(pbx: Pbx, ledger: Ledger, arguments: argparse.Namespace) -> int:
+PollPage = Callable[[Pbx, Ledger, str | None, int], int]
+
+
+def poll(pbx: Pbx, ledger: Ledger, arguments: argparse.Namespace, poll_page: PollPage = poll_page) -> int:
+    """Polls until a page is not full, and waits where the service asks for it."""
     patience, resync = arguments.patience, arguments.resync
-    # A page that is not full ends the run; if calls without an end stamp are left, the next run has them.
+    # If calls without an end stamp are left then, the next run has them.
     calls = arguments.limit
     while calls == arguments.limit:
         try:
@@ -452,11 +468,24 @@ def read_zone(name: str) -> zoneinfo.ZoneInfo:
         raise ValueError(name) from None
 
 
+def read_filter(text: str) -> tuple[str, str]:
+    name, found, value = text.partition("=")
+    if not found:
+        raise ValueError(text)
+    return name, value
+
+
+def add_filter(parser: argparse.ArgumentParser) -> None:
+    about = "only such calls, for instance billable_only=true; may be given again. One ledger, always the same filters"
+    parser.add_argument("--filter", type=read_filter, action="append", default=[], metavar="NAME=VALUE", help=about)
+
+
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Keeps a ledger of a PBX's calls in SQLite. CDR_URL and CDR_TOKEN come from the environment."
     )
     parser.add_argument("--ledger", default="ledger.sqlite", help="the SQLite file (ledger.sqlite)")
+    add_filter(parser)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("poll", help="read the feed from where the last run ended")
     command.set_defaults(run=poll)
@@ -473,13 +502,18 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def find_pbx(filters: list[tuple[str, str]]) -> Pbx:
+    """The service that the environment names."""
+    pbx = Pbx(os.environ.get("CDR_URL", ""), os.environ.get("CDR_TOKEN", ""), tuple(filters))
+    if not pbx.url.startswith(("https://", "http://")) or not pbx.token:
+        raise RunError(WRONG_USE, "CDR_URL (such as https://pbx.example.com/api) and CDR_TOKEN must be set.")
+    return pbx
+
+
 def main() -> int:
     arguments = read_arguments()
-    pbx = Pbx(os.environ.get("CDR_URL", ""), os.environ.get("CDR_TOKEN", ""))
-    if not pbx.url.startswith(("https://", "http://")) or not pbx.token:
-        print("CDR_URL (such as https://pbx.example.com/api) and CDR_TOKEN must be set.", file=sys.stderr)
-        return WRONG_USE
     try:
+        pbx = find_pbx(arguments.filter)
         with closing(open_ledger(arguments.ledger)) as ledger:
             status: int = arguments.run(pbx, ledger, arguments)
             return status

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +59,32 @@ def pytest_configure(config: pytest.Config) -> None:
     programs = config.getoption("postgresql")
     if programs and not (programs / "initdb").is_file():
         raise pytest.UsageError(f"--postgresql needs the folder of PostgreSQL's programs; {programs} has no initdb")
+
+
+def need(program: str) -> None:
+    """Skips a test for whose shell or threads the machine lacks a program."""
+    if not shutil.which(program):
+        pytest.skip(f"needs {program}")
+
+
+def skip_without_program() -> Generator[None, Any, Any]:
+    """A test that starts a program which the machine lacks skips; all that is needed is Python and make."""
+    try:
+        return (yield)
+    except FileNotFoundError as error:
+        if isinstance(error.filename, str) and "/" not in error.filename:
+            need(error.filename)
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, Any, Any]:
+    return (yield from skip_without_program())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, Any, Any]:
+    return (yield from skip_without_program())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

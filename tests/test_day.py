@@ -27,7 +27,7 @@ import pytest
 import demo
 from cdr.accounts import digest_token
 from tests.clients import Answer, Download, fetch, reach
-from tests.conftest import PASSWORD, PASSWORD_HASH, Gunicorn, serve, wait_for
+from tests.conftest import PASSWORD, PASSWORD_HASH, Gunicorn, need, serve, wait_for
 from tests.servers import AWAY, Node, own_node
 
 SECONDS = float(os.environ.get("DAY_SECONDS", "120"))
@@ -298,6 +298,7 @@ def morning() -> Iterator[Day]:
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc to count files and threads")
 @pytest.mark.direct("runs a server of its own")
 def test_a_day_with_failures_loses_nothing_and_leaks_nothing() -> None:
+    need("curl")
     with morning() as day:
         live(day, SECONDS / 4, [end_a_session, kill_a_worker, reload, hang, crash])
         wait_for(lambda: len(day.gunicorn.worker_pids()) == 2)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 from uuid import UUID
 
@@ -23,7 +24,7 @@ from cdr.check_calls import EPOCH_INDEX, RANGE_INDEX
 from cdr.selection import FIELDS
 from cdr.settings import Settings
 from demo.__main__ import show_lines
-from tests.conftest import ROOT, SOURCES, Database, DatabaseMaker, Gunicorn, answers, free_port, serve, wait_for
+from tests.conftest import ROOT, SOURCES, Database, DatabaseMaker, Gunicorn, answers, free_port, need, serve, wait_for
 from tests.documents import API, BILLING, DEPLOYMENT, DOCUMENTS, ERRORS, README, read_section, shape
 
 
@@ -42,6 +43,7 @@ def gunicorn(database: Database) -> Iterator[Gunicorn]:
 
 
 def test_the_transcript_is_what_a_shell_shows(gunicorn: Gunicorn) -> None:
+    need("curl")
     (transcript,) = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
     steps = re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", transcript, re.MULTILINE)
     assert len(steps) == 5
@@ -53,6 +55,7 @@ def test_the_transcript_is_what_a_shell_shows(gunicorn: Gunicorn) -> None:
 
 
 def test_the_lines_that_make_run_prints_work_when_pasted(gunicorn: Gunicorn) -> None:
+    need("curl")
     lines = show_lines(gunicorn.url, demo.DOMAINS[0], own=True).partition("terminal:\n")[2]
     lines = lines.replace("billing@example.com", "pasted@example.com")
     done = subprocess.run(["bash", "-e"], input=lines, capture_output=True, text=True, check=True)
@@ -78,7 +81,7 @@ def test_the_lines_that_reach_the_demos_database_work(tmp_path: Path) -> None:
     with subprocess.Popen(command, cwd=ROOT, env={**environ, "PORT": str(port)}) as process:
         try:
             wait_for(lambda: process.poll() is not None or answers(port))
-            script = lines.replace(".demo/", f"{tmp_path}/.demo/").replace(".venv/", f"{sys.prefix}/").rstrip()
+            script = lines.replace(".demo/", f"{tmp_path}/.demo/").replace(".venv/", f"{quote(sys.prefix)}/").rstrip()
             script += " -At <<< 'SELECT count(*) FROM v_xml_cdr'"
             done = subprocess.run(
                 ["bash", "-eu", "-c", script], cwd=ROOT, env=environ, capture_output=True, text=True, check=False

@@ -19,7 +19,7 @@ import pytest
 
 import demo
 from tests.clients import Download, calls_url, fetch
-from tests.conftest import ROOT, UNTIL, Database, DatabaseMaker, Gunicorn, serve, wait_for
+from tests.conftest import ROOT, UNTIL, Database, DatabaseMaker, Gunicorn, need, serve, wait_for
 from tests.servers import active_copies, slow
 
 CALLS = 5000
@@ -150,6 +150,7 @@ def stop_one(gunicorn: Gunicorn) -> set[int]:
 def test_no_request_fails_while_workers_are_replaced(
     database: Database, token: str, replace: Callable[[Gunicorn], set[int]]
 ) -> None:
+    need("curl")
     with serve(database.dsn, CDR_API_WORKERS="2") as gunicorn, load(gunicorn, token) as outcomes:
         for _ in range(5):
             wait_for(lambda: len(gunicorn.worker_pids()) == 2)

@@ -14,7 +14,7 @@ import pytest
 from cdr.accounts import digest_token
 from cdr.stream import FORMATS
 from tests.clients import curl
-from tests.conftest import PASSWORD, ROOT, Client, Database, DatabaseMaker, problem, serve, wait_for
+from tests.conftest import PASSWORD, ROOT, Client, Database, DatabaseMaker, need, problem, serve, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,7 @@ def expire(client: Client, _run: Callable[..., Any], _email: str) -> None:
 
 @pytest.mark.parametrize("end", [log_out, disable, delete, change_password, expire])
 def test_a_token_is_dead_on_every_worker_at_once(database: Database, end: Callable[..., None]) -> None:
+    need("curl")
     """Every worker has answered with it before, and none answers after."""
     email = f"{end.__name__}@example.com"
     token = database.account("alpha.example.com", email=email)

@@ -21,7 +21,7 @@ import pytest
 from werkzeug.security import check_password_hash
 
 from tests.clients import Cable, Cut
-from tests.conftest import PASSWORD, ROOT, Database, DatabaseMaker, Gunicorn, serve
+from tests.conftest import PASSWORD, ROOT, Database, DatabaseMaker, Gunicorn, need, serve
 
 pytestmark = pytest.mark.direct("is about the clients")
 
@@ -435,6 +435,7 @@ def places(gunicorn: Gunicorn, database: Database) -> dict[str, str]:
 
 
 def test_the_lines_of_the_migration_page_work(database: Database, places: dict[str, str]) -> None:
+    need("curl")
     (end_of_range, login, billsec, old_shape, compare), expected = AFTER, stored(database, LARGE)
     parts = [json.loads(shell(part, **places)) for part in end_of_range.split("# the same calls in both\n")]
     assert [[call["xml_cdr_uuid"] for call in calls] for calls in parts] == [[row[0] for row in expected]] * 2
