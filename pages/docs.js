@@ -10,7 +10,7 @@
 // without the token in it; and fifteen routes are no reason for two megabytes.
 import { addMonths, count, daysOf, today, whole } from "./format.js";
 import { Job } from "./job.js";
-import { adopt, connect, end, readJson, tryOut } from "./session.js";
+import { adopt, connect, end, readBody, readJson, tryOut } from "./session.js";
 
 const TRIAL_CALLS = "20"; // what limit is set to at first
 const SHOWN = 65_536; // characters of an answer; the rest is not read
@@ -71,7 +71,7 @@ function describeAnswers(operation) {
 
 const usual = { day: "", domain: "", uuids: [] }; // found after the login
 
-function startValue(name, schema) {
+function startValue(name) {
   const day = usual.day || today("UTC");
   return { limit: TRIAL_CALLS, from: day, to: day, date: day, domain_name: usual.domain, resolution: "60" }[name] ?? "";
 }
@@ -89,19 +89,16 @@ function makeInput({ name, schema, description: text = "", required }, id) {
   return make("div", {}, make("label", {}, name, ...(required ? [make("b", {}, " needed")] : []), input), note);
 }
 
-function fillIn(form, operation) {
-  for (const input of form.elements) {
-    if (input.name === "lookup" && !input.dataset.touched) {
-      input.value = JSON.stringify({ xml_cdr_uuid: usual.uuids.length ? usual.uuids : ["00000000-0000-4000-8000-000000000000"] });
-    } else if (input.name && !input.dataset.touched) input.value = startFor(input, operation);
-  }
+/** What an input holds until somebody changes it. date, and cursor, are alternatives to from: only one is filled in. */
+function startOf({ name, dataset }, parameters) {
+  if (dataset.in === "json") return JSON.stringify({ xml_cdr_uuid: usual.uuids.length ? usual.uuids : ["00000000-0000-4000-8000-000000000000"] });
+  if (dataset.in === "path") return usual.uuids[0] ?? "";
+  const hasDate = parameters.some((parameter) => parameter.name === "date");
+  return hasDate && (name === "from" || name === "to") ? "" : startValue(name);
 }
 
-/** from stands beside date, and from beside cursor, as alternatives: only the first of each is filled in. */
-function startFor(input, operation) {
-  const names = operation.parameters.map((parameter) => resolve(parameter)).map(({ name }) => name);
-  if (names.includes("date") && ["from", "to"].includes(input.name)) return "";
-  return startValue(input.name);
+function fillIn(form, parameters) {
+  for (const input of form.elements) if (input.name && !input.dataset.touched) input.value = startOf(input, parameters);
 }
 
 async function findUsual(signal) {
@@ -130,23 +127,25 @@ async function findDay(query, signal) {
 
 // A request -------------------------------------------------------------------
 
+const isOpen = (operation) => operation.security?.length === 0; // to whoever has no token
 const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 /** What a route's form asks for. */
 function readForm(form, { method, path, operation }) {
   const query = new URLSearchParams(), headers = {}, body = new URLSearchParams();
-  let json = null, target = path.slice(1);
+  let json = null, place = path.slice(1);
   for (const { name, value, dataset } of form.elements) {
     if (!name || value === "") continue;
-    if (name === "lookup") json = value;
-    else if (dataset.in === "path") target = target.replace(`{${name}}`, encodeURIComponent(value));
-    else ({ header: (n, v) => (headers[n] = v), body: (n, v) => body.append(n, v) }[dataset.in] ?? ((n, v) => query.append(n, v)))(name, value);
+    if (dataset.in === "json") json = value;
+    else if (dataset.in === "path") place = place.replace(`{${name}}`, encodeURIComponent(value));
+    else if (dataset.in === "header") headers[name] = value;
+    else (dataset.in === "body" ? body : query).append(name, value);
   }
   if (json !== null) headers["Content-Type"] = "application/json";
-  const search = String(query);
+  const search = String(query).replaceAll("%2C", ","); // which is as good, and can be read
   return {
-    url: target + (search && `?${search}`), method: method.toUpperCase(), headers, body: json ?? (body.size ? body : undefined),
-    open: operation.security?.length === 0,
+    url: place + (search && `?${search}`), method: method.toUpperCase(), headers, body: json ?? (body.size ? body : undefined),
+    open: isOpen(operation),
   };
 }
 
@@ -175,17 +174,16 @@ async function copy(text) {
 
 /** Reads so much of an answer as is shown; the rest is not even sent. */
 async function readSome(response, controller) {
-  const reader = response.body.getReader(), decoder = new TextDecoder();
+  const decoder = new TextDecoder();
   let text = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return { text, cut: false };
-    text += decoder.decode(value, { stream: true });
+  for await (const bytes of readBody(response, controller.signal)) {
+    text += decoder.decode(bytes, { stream: true });
     if (text.length > SHOWN) {
       controller.abort();
       return { text: text.slice(0, SHOWN), cut: true };
     }
   }
+  return { text, cut: false };
 }
 
 async function showAnswer(place, asked, signal) {
@@ -207,36 +205,40 @@ async function showAnswer(place, asked, signal) {
 
 // A route ---------------------------------------------------------------------
 
-function makeFields(route) {
-  const { operation, id } = route;
-  const parameters = (operation.parameters ?? []).map(resolve);
-  const fields = parameters.map((parameter) => {
+const MAIN = ["domain_name", "fields", "format", "cursor", "group_by"]; // beside what is needed or filled in
+
+/** The inputs of a route's parameters; main tells those that are seen at once. */
+function makeParameters({ id, parameters }) {
+  return parameters.map((parameter) => {
     const field = makeInput(parameter, id);
-    const input = field.querySelector("input, select");
-    input.dataset.in = parameter.in;
-    return { field, first: parameter.required || startValue(parameter.name) || ["domain_name", "fields", "format", "cursor", "group_by"].includes(parameter.name) };
+    field.querySelector("input, select").dataset.in = parameter.in;
+    return { field, main: parameter.required || startValue(parameter.name) || MAIN.includes(parameter.name) };
   });
-  const content = operation.requestBody?.content ?? {};
-  const form = resolve(content["application/x-www-form-urlencoded"]?.schema);
-  const examples = Object.values(content["application/x-www-form-urlencoded"]?.examples ?? {})[0]?.value ?? {};
-  for (const [name, schema] of Object.entries(form.properties ?? {}).reverse()) {
-    const field = makeInput({ name, schema, required: form.required?.includes(name) }, `${id}-body`);
-    const input = field.querySelector("input, select");
-    Object.assign(input.dataset, { in: "body", touched: "yes" });
-    if (operation.security?.length === 0) input.value = examples[name] ?? "";
-    fields.unshift({ field, first: true });
+}
+
+/** The inputs of a body: its fields where it may be a form, else its text. */
+function makeBody({ id, operation }) {
+  const content = operation.requestBody?.content ?? {}, form = content["application/x-www-form-urlencoded"];
+  if (form) {
+    const schema = resolve(form.schema), example = Object.values(form.examples ?? {})[0]?.value ?? {};
+    return Object.entries(schema.properties).map(([name, property]) => {
+      const field = makeInput({ name, schema: property, required: schema.required?.includes(name) }, `${id}-body`);
+      const input = field.querySelector("input, select");
+      Object.assign(input.dataset, { in: "body", touched: "yes" });
+      if (isOpen(operation)) input.value = example[name] ?? ""; // not of logout, whose example ends every token
+      return { field, main: true };
+    });
   }
-  if (!form.properties && content["application/json"]) {
-    const note = resolve(content["application/json"].schema).description ?? "The body, in JSON.";
-    fields.unshift({ first: true, field: make("div", {}, make("label", {}, "Body", make("textarea", { name: "lookup", rows: 4 })), make("p", { className: "note" }, note)) });
-  }
-  return fields;
+  if (!content["application/json"]) return [];
+  const area = make("textarea", { name: "body", rows: 4 });
+  area.dataset.in = "json";
+  return [{ main: true, field: make("div", {}, make("label", {}, "Body, in JSON", area)) }];
 }
 
 function fillRoute(route) {
-  const { operation, box } = route;
-  const fields = makeFields(route);
-  const main = fields.filter((one) => one.first), more = fields.filter((one) => !one.first);
+  const { operation, parameters, box } = route;
+  const fields = [...makeBody(route), ...makeParameters(route)];
+  const main = fields.filter((one) => one.main), more = fields.filter((one) => !one.main);
   const curl = make("pre", { className: "curl", tabIndex: 0, role: "group", ariaLabel: "The line of curl" });
   const job = new Job(make("div", { className: "job" }));
   const place = make("div", { className: "answer", ariaLive: "polite" });
@@ -249,7 +251,7 @@ function fillRoute(route) {
   const limited = main.some((one) => one.field.querySelector("[name=limit]"));
   route.form = form;
   route.refresh = () => {
-    fillIn(form, { parameters: [], ...operation });
+    fillIn(form, parameters);
     curl.textContent = writeCurl(readForm(form, route), operation);
   };
   form.addEventListener("input", (event) => {
@@ -269,7 +271,7 @@ function fillRoute(route) {
     ...paragraphs(operation.description),
     ...(limited ? [make("p", { className: "note" }, `limit is set to ${TRIAL_CALLS} here, so that a trial stays small. Without it the service sends every call.`)] : []),
     form, curl,
-    ...(operation.security?.length === 0 ? [] : [make("p", { className: "note" }, "In the line, TOKEN is what the line of POST /login sets.")]),
+    ...(isOpen(operation) ? [] : [make("p", { className: "note" }, "In the line, TOKEN is what the line of POST /login sets.")]),
     job.root, place, ...describeFields(operation), describeAnswers(operation)));
   route.refresh();
 }
@@ -291,7 +293,7 @@ function drawRoute(path, method, operation) {
   const box = make("details", { className: "route", id: `route-${id}` },
     make("summary", {}, make("span", { className: `method ${method}` }, method.toUpperCase()), make("span", { className: "path" }, path),
       make("span", { className: "note" }, operation.summary)));
-  const route = { path, method, operation, id, box };
+  const route = { path, method, operation, id, box, parameters: (operation.parameters ?? []).map(resolve) };
   box.addEventListener("toggle", () => {
     if (box.open && !route.form) fillRoute(route);
     if (box.open) history.replaceState(null, "", `#${id}`);

@@ -4,8 +4,8 @@ export const locale = navigator.language;
 const format = (options) => new Intl.NumberFormat(locale, options);
 const wholes = format({ maximumFractionDigits: 0 });
 const tenths = format({ minimumFractionDigits: 1, maximumFractionDigits: 1 });
-const percents = format({ style: "percent", maximumFractionDigits: 1 });
-const changes = format({ style: "percent", maximumFractionDigits: 1, signDisplay: "exceptZero" });
+const percents = format({ style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
+const changes = format({ style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1, signDisplay: "exceptZero" });
 
 export const whole = (number) => wholes.format(number);
 export const minutes = (seconds) => tenths.format(Math.round(seconds / 6) / 10); // halves are exact only so
@@ -33,7 +33,12 @@ export function addMonths(month, months) {
   return new Date(Date.UTC(year, number - 1 + months)).toISOString().slice(0, 7);
 }
 
-/** Today in a zone, as 2026-01-31. */
+/** Today in a zone, as 2026-01-31; in the browser's if that does not know the zone. */
 export function today(zone) {
-  return new Intl.DateTimeFormat("sv-SE", { timeZone: zone || undefined, dateStyle: "short" }).format(new Date());
+  const write = (timeZone) => new Intl.DateTimeFormat("sv-SE", { timeZone, dateStyle: "short" }).format(new Date());
+  try {
+    return write(zone || undefined);
+  } catch {
+    return write();
+  }
 }

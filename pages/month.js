@@ -112,7 +112,6 @@ const dayColumns = () => [
   ["Outbound min", (row) => minutes(row.outbound), () => minutes(sum(rows, "outbound"))],
   ["Minutes", (row) => minutes(row.seconds), () => minutes(sum(rows, "seconds"))],
   ["Calls", (row) => whole(row.calls), () => whole(sum(rows, "calls"))],
-  ["Answered", (row) => whole(row.answered), () => whole(sum(rows, "answered"))],
   ["Not answered", (row) => whole(row.missed), () => whole(sum(rows, "missed"))],
   ["Peak", (row) => whole(row.peak), () => whole(highest(rows, "peak").peak)],
 ];
@@ -178,6 +177,8 @@ export function showCalls(found, rounding, least, most) {
   showTiles();
   showRounding(rounding);
 }
+
+export const hasCalls = () => calls !== null;
 
 export function showRounding(rounding) {
   showDirections(rounding);

@@ -71,6 +71,7 @@ export async function readPeaks(query, signal, progress) {
     }
     progress(peaks.size);
   }
+  signal.throwIfAborted();
   for (const row of rows) row.peak = peaks.get(row.name) ?? 0;
   hasPeaks = true;
   render();

@@ -55,7 +55,7 @@ export async function send(path, options = {}) {
   }
 }
 
-export const ask = (path, parameters, signal) => send(`${path}?${new URLSearchParams(parameters)}`, { signal });
+const ask = (path, parameters, signal) => send(`${path}?${new URLSearchParams(parameters)}`, { signal });
 
 export async function readJson(path, parameters = {}, signal) {
   const response = await ask(path, parameters, signal);
@@ -65,8 +65,8 @@ export async function readJson(path, parameters = {}, signal) {
 }
 
 /** The bytes of an answer as they arrive; ApiError when it breaks off. */
-export async function* readBytes(path, parameters, signal) {
-  const reader = (await ask(path, parameters, signal)).body.getReader();
+export async function* readBody(response, signal) {
+  const reader = response.body.getReader();
   for (;;) {
     const { value, done } = await reader.read().catch((error) => {
       throw signal?.aborted ? error : new ApiError(0, BROKEN);
@@ -74,6 +74,10 @@ export async function* readBytes(path, parameters, signal) {
     if (done) return;
     yield value;
   }
+}
+
+export async function* readBytes(path, parameters, signal) {
+  yield* readBody(await ask(path, parameters, signal), signal);
 }
 
 /** The objects of an NDJSON answer in batches, as they arrive. ApiError when it breaks off. */

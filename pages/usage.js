@@ -5,7 +5,7 @@
 import { addMonths, count, daysOf, monthName, today, whole } from "./format.js";
 import { saveCalls } from "./files.js";
 import { Job } from "./job.js";
-import { clearMonth, readCalls, readDays, showCalls, showMonth, showRounding } from "./month.js";
+import { clearMonth, hasCalls, readCalls, readDays, showCalls, showMonth, showRounding } from "./month.js";
 import { activeRows, clearOverview, readOverview, readPeaks, showOverview, showPage, wantsPeaks } from "./overview.js";
 import { connect, readBatches, readJson } from "./session.js";
 import { sum } from "./table.js";
@@ -37,13 +37,7 @@ function readFragment() {
   return view;
 }
 
-function currentMonth(zone) {
-  try {
-    return today(zone).slice(0, 7);
-  } catch {
-    return today().slice(0, 7); // a zone that the browser does not know
-  }
-}
+const currentMonth = (zone) => today(zone).slice(0, 7);
 
 function makeFragment(changes) {
   const view = { ...readFragment(), ...changes };
@@ -133,6 +127,7 @@ function follow() {
     shown = view;
     if (view.domain) showRounding(view.round);
     else showPage(listView(view));
+    if (view.domain && view.round && !hasCalls() && !reading.controller) loadCalls(true);
     return;
   }
   load(view);
@@ -141,13 +136,14 @@ function follow() {
 const listView = (view) => ({ ...view, change, link: makeFragment });
 
 function findNothing(view) {
-  if (!domains.length) return "This account may read no domain yet. The operator of the PBX grants one with: flask user grant";
+  if (!domains.length) return `This account may read no domain yet. The operator of the PBX grants one with: flask user grant ${find("who").textContent} DOMAIN`;
   if (view.domain && !domainOf(view)) return `This account reads no domain called ${view.domain}.`;
   return view.month > currentMonth(view.zone) ? `${monthName(view.month)} has not begun yet.` : "";
 }
 
 async function load(view) {
   reading.stop();
+  if (!saving.controller) saving.say(""); // of another view
   clear();
   const nothing = findNothing(view);
   if (nothing) return rest(nothing);
@@ -156,13 +152,14 @@ async function load(view) {
   if (reading.controller) return; // it reads another view by now
   if (!done) return rest();
   if (!shown) return rest(`${view.domain ? "No calls" : "No calls of any domain"} ended in ${monthName(view.month)}.`);
-  await (view.domain ? loadCalls(false) : loadPeaks(false));
+  await (view.domain ? loadCalls(Boolean(view.round)) : loadPeaks(false));
 }
 
 // All domains -----------------------------------------------------------------
 
 async function loadOverview(view, signal) {
   const rows = await readOverview(domains, view.month, queryOf(view), signal, (read) => reading.progress(0, 0, count(read, "line")));
+  signal.throwIfAborted();
   if (!rows.some((row) => row.calls || row.callsBefore)) return;
   find("domains").hidden = false;
   showOverview(rows, listView(readFragment()));
@@ -177,7 +174,7 @@ async function loadPeaks(asked) {
   startReading();
   await reading.run("Working out the peaks …", () => loadPeaks(true), (signal) =>
     readPeaks(queryOf(shown), signal, (seen) => reading.progress(seen, total, `${whole(seen)} of ${count(total, "domain")}`)));
-  rest();
+  if (!reading.controller) rest();
 }
 
 // One domain ------------------------------------------------------------------
@@ -187,28 +184,20 @@ let totals = null; // the number of calls by the totals that are shown
 async function loadMonth(view, signal) {
   const days = daysOf(view.month);
   const rows = await readDays(queryOf(view), days, signal);
+  signal.throwIfAborted();
   if (!sum(rows, "calls")) return;
-  // Days that are still to come have no numbers.
-  const last = view.unfinished ? rows.findLastIndex((row) => row.calls) : rows.length - 1;
+  // Of a month that is not over no days are shown that are still to come, but for calls from a clock that is ahead.
+  const until = view.unfinished ? Math.max(Number(today(view.zone).slice(8)), rows.findLastIndex((row) => row.calls) + 1) : rows.length;
   find("numbers").hidden = false; // before the plots, which have no size else
   totals = sum(rows, "calls");
   shown = view;
   find("destinations-note").textContent = "";
-  showMonth(rows.slice(0, Math.max(last + 1, view.unfinished ? Number(todayIn(view).slice(8)) : 0)), view.domain, view.round);
+  showMonth(rows.slice(0, until), view.domain, view.round);
   showFrame(view);
   takeFocus(choice.month);
 }
 
-function todayIn(view) {
-  try {
-    return today(view.zone);
-  } catch {
-    return today();
-  }
-}
-
 async function loadCalls(asked) {
-  const view = shown;
   find("read-calls").hidden = true;
   if (totals > CALLS_AT_ONCE && !asked) {
     find("destinations-note").textContent = `For this, and to round, ${count(totals, "call")} have to be read one by one.`;
@@ -217,13 +206,14 @@ async function loadCalls(asked) {
   }
   find("destinations-note").textContent = "Reading the calls …";
   startReading();
-  const query = queryOf(view);
+  const query = queryOf(shown);
   const done = await reading.run("Reading the calls …", () => loadCalls(true), async (signal) => {
     const found = await readCalls(query, signal, (read) => reading.progress(read, totals, `${whole(read)} of ${count(totals, "call")}`));
     const [{ calls: now }] = found.calls === totals ? [{ calls: totals }] : await readJson("call_totals", query, signal);
-    if (shown && isSame(shown, view)) showCalls(found, shown.round, totals, now);
+    signal.throwIfAborted();
+    showCalls(found, shown.round, totals, now);
   });
-  if (!shown || !isSame(shown, view)) return;
+  if (reading.controller || !shown) return; // it reads another view by now, or the visit is over
   if (!done) find("destinations-note").textContent = "The calls were not read.";
   rest();
 }
