@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ import demo
 from cdr_api import create_app
 from tests.clients import Answer, fetch, scrape
 from tests.commands import check, flask
-from tests.conftest import PASSWORD, Gunicorn, serve, wait_for
+from tests.conftest import PASSWORD, DatabaseMaker, Gunicorn, serve, wait_for
 from tests.servers import Node, own_node, run_schema
 
 pytestmark = pytest.mark.direct("runs servers of its own")
@@ -183,3 +185,27 @@ def test_calls_go_on_replicating_and_a_client_goes_on_at_the_other_node(halves: 
             assert sorted(half.found) == sorted(calls)  # each once
             conflicts = "SELECT confl_insert_exists + confl_multiple_unique_conflicts FROM pg_stat_subscription_stats"
             assert half.node.value(conflicts) == 0
+
+
+def test_accounts_move_from_beside_fusionpbx_to_a_database_of_their_own(make_database: DatabaseMaker) -> None:
+    """As docs/clusters.md has it: a token goes on, and check's line drops the old tables."""
+    database, aside = make_database(calls=60, index=True), make_database()
+    token = database.account(ALPHA)
+    database.execute("CREATE PUBLICATION everything FOR ALL TABLES")
+    aside.execute("DROP SCHEMA cdr_api CASCADE")
+    aside.execute("DROP TABLE v_xml_cdr, v_domains")
+    run_schema(aside, "only")
+    with tempfile.TemporaryDirectory(prefix="cdr-api-") as folder:
+        if database.server.system_user:
+            shutil.chown(folder, database.server.system_user)
+        dump, place = f"{folder}/dump", ("-h", str(database.server.socket), "-U", "postgres")
+        named = ("--clean", "--if-exists")
+        database.server.run("pg_dump", *place, "-Fc", *named, "-n", "cdr_api", "-f", dump, database.name)
+        database.server.run("pg_restore", *place, *named, "-d", aside.name, dump)
+    app = database.app(CDR_API_ACCOUNTS_DSN=aside.dsn)
+    assert database.client(token, app).calls()
+    status, lines = check(app)
+    assert status == 1
+    database.execute(lines["replication"].partition("any more: ")[2])
+    assert check(app)[0] == 0
+    assert database.client(token, app).calls()
