@@ -68,6 +68,21 @@ def test_calls_pages_and_formats_are_what_is_stored(database: Database, client: 
     assert few == [call for call in ranged if call["domain_name"] == ALPHA and call["end_stamp"][:10] == DAY] != []
 
 
+def test_the_newest_first_a_month_a_prefix_and_one_call_are_of_the_same_calls(
+    database: Database, client: Client
+) -> None:
+    whole = read(client, "calls", domain_name=ALPHA)
+    assert read(client, "calls", domain_name=ALPHA, order="desc") == whole[::-1]
+    october = [call for call in whole if call["end_stamp"][:7] == "2026-10"]
+    assert read(client, "call_range", domain_name=ALPHA, month="2026-10") == october != []
+    prefix = whole[0]["destination_number"][:2]
+    found = read(client, "calls", domain_name=ALPHA, destination_prefix=prefix)
+    assert found == [call for call in whole if call["destination_number"].startswith(prefix)] != []
+    uuid = whole[-1]["xml_cdr_uuid"]
+    assert read(client, f"calls/{uuid}") == whole[-1]
+    assert uuid in [call["xml_cdr_uuid"] for call in read(client, f"calls/{uuid}/legs")]
+
+
 def test_sums_are_those_of_the_calls(database: Database, client: Client) -> None:
     expected = stored(database)
     totals = read(client, "call_totals", group_by="domain_name,day", **EVER)
