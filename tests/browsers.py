@@ -30,6 +30,14 @@ EXPECTED = (
     "net::ERR_INCOMPLETE_CHUNKED_ENCODING",
     "net::ERR_INTERNET_DISCONNECTED",
 )
+# Comes back when the page has heard of it.
+GO = """view => new Promise(done => {
+  const before = location.hash;
+  addEventListener("hashchange", done, { once: true });
+  location.hash = new URLSearchParams(view);
+  if (location.hash === before) done();
+})"""
+
 expect.set_options(timeout=20_000)  # as for everything else, for machines that are busy
 
 
@@ -65,7 +73,7 @@ class Visit:
 
     def show(self, **fragment: str) -> None:
         """Leads a page of usage that is logged in to a view, and waits until it is there."""
-        self.page.evaluate("view => location.hash = new URLSearchParams(view)", fragment)
+        self.page.evaluate(GO, fragment)
         self.wait_until_read()
 
     def wait_until_read(self) -> None:
