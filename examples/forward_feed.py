@@ -56,7 +56,6 @@ from poll_feed import (
     open_ledger,
     poll,
     read_page,
-    set_position,
     transaction,
 )
 
@@ -152,13 +151,13 @@ def deliver(ledger: Ledger, sink: Sink) -> None:
 
 
 def forward(pbx: Pbx, ledger: Ledger, arguments: argparse.Namespace, sink: Sink) -> int:
-    def forward_page(pbx: Pbx, ledger: Ledger, first: str | None, limit: int) -> int:
+    def forward_page(pbx: Pbx, ledger: Ledger, first: str | None, limit: int) -> bool:
         with transaction(ledger):
-            calls, cursor, through = read_page(pbx, ledger, first, limit)
+            page = read_page(pbx, ledger, first, limit)
         deliver(ledger, sink)
         with transaction(ledger):
-            set_position(ledger, "cursor", cursor, through)
-        return calls
+            page.keep(ledger)
+        return page.more
 
     deliver(ledger, sink)  # what an earlier run, or reconcile, left
     return poll(pbx, ledger, arguments, forward_page)

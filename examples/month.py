@@ -8,7 +8,6 @@ The file is there whole or not at all: every page came to its end, and calls and
 seconds are those that call_totals counts.
 """
 
-import calendar
 import json
 import os
 import re
@@ -49,8 +48,7 @@ def ask(route: str, query: dict[str, str]) -> Iterator[Any]:
 
 
 def save_month(domain: str, month: str, file: Path) -> str:
-    days = calendar.monthrange(*map(int, month.split("-")))[1]
-    query = {"domain_name": domain, "from": f"{month}-01", "to": f"{month}-{days}", "billable_only": "true"}
+    query = {"domain_name": domain, "month": month, "billable_only": "true"}
     part = file.with_name(f"{file.name}.{os.getpid()}")
     count = seconds = 0
     try:

@@ -203,10 +203,21 @@ def set_position(ledger: Ledger, parameter: str, value: str, through: str | None
     ledger.execute("INSERT OR REPLACE INTO position VALUES (1, ?, ?, ?)", (parameter, value, through))
 
 
-def read_page(pbx: Pbx, ledger: Ledger, first: str | None, limit: int) -> tuple[int, str, str | None]:
-    """Stores a page of the feed, in the caller's transaction; gives the number of its calls, the cursor behind it,
-    and up to when everything has been delivered.
-    """
+@dataclass(frozen=True)
+class Page:
+    """What a page of the feed had: calls, the cursor behind it, up to when everything is delivered, is there more."""
+
+    calls: int
+    cursor: str
+    through: str | None
+    more: bool
+
+    def keep(self, ledger: Ledger) -> None:
+        set_position(ledger, "cursor", self.cursor, self.through)
+
+
+def read_page(pbx: Pbx, ledger: Ledger, first: str | None, limit: int) -> Page:
+    """Stores the calls of the next page, in the caller's transaction; the cursor is the caller's to keep."""
     found = ledger.execute("SELECT parameter, value FROM position").fetchone()
     parameter, value = found or ("from", first)
     if value is None:
@@ -221,16 +232,16 @@ def read_page(pbx: Pbx, ledger: Ledger, first: str | None, limit: int) -> tuple[
     # http.client takes a head that was cut for a whole one; Link says the cursor again.
     if not cursor or f"cursor={cursor}>" not in response.headers.get("Link", ""):
         raise RunError(TRY_AGAIN, "The answer has no whole X-Next-Cursor; if that remains: is CDR_URL right?")
-    return calls, cursor, through
+    return Page(calls, cursor, through, response.headers.get("X-More-Waiting") == "true")
 
 
-def poll_page(pbx: Pbx, ledger: Ledger, first: str | None, limit: int) -> int:
-    """Stores a page of the feed and the cursor behind it; gives the number of its calls."""
+def poll_page(pbx: Pbx, ledger: Ledger, first: str | None, limit: int) -> bool:
+    """Stores a page of the feed and the cursor behind it; tells whether more may be waiting."""
     with transaction(ledger):
-        calls, cursor, through = read_page(pbx, ledger, first, limit)
-        set_position(ledger, "cursor", cursor, through)
-    print(f"{calls} calls; everything stored up to {through} is here.")
-    return calls
+        page = read_page(pbx, ledger, first, limit)
+        page.keep(ledger)
+    print(f"{page.calls} calls; everything stored up to {page.through} is here.")
+    return page.more
 
 
 def begin_again(ledger: Ledger, refused: RefusedError, first: str | None) -> None:
@@ -243,17 +254,16 @@ def begin_again(ledger: Ledger, refused: RefusedError, first: str | None) -> Non
     print(f"{refused} Beginning again with {start}.", file=sys.stderr)
 
 
-PollPage = Callable[[Pbx, Ledger, str | None, int], int]
+PollPage = Callable[[Pbx, Ledger, str | None, int], bool]
 
 
 def poll(pbx: Pbx, ledger: Ledger, arguments: argparse.Namespace, poll_page: PollPage = poll_page) -> int:
-    """Polls until a page is not full, and waits where the service asks for it."""
+    """Polls until nothing more is waiting, and waits where the service asks for it."""
     patience, resync = arguments.patience, arguments.resync
-    # If calls without an end stamp are left then, the next run has them.
-    calls = arguments.limit
-    while calls == arguments.limit:
+    more = True
+    while more:
         try:
-            calls = poll_page(pbx, ledger, arguments.first, arguments.limit)
+            more = poll_page(pbx, ledger, arguments.first, arguments.limit)
         except RefusedError as refused:
             if refused.answer == 410 and resync:
                 resync = False

@@ -13,7 +13,6 @@ A price counts for numbers that begin with its prefix (the longest; the number w
     4915,Germany mobile,0.0900,30,6,0.05
 """
 
-import calendar
 import csv
 import json
 import os
@@ -70,9 +69,8 @@ def rate_month(domain: str, month: str, prices: list[Price]) -> list[list[Any]]:
     table = {price["prefix"]: price for price in prices}
     if len(table) < len(prices):
         raise ValueError("A prefix stands in the table twice.")
-    days = calendar.monthrange(*map(int, month.split("-")))[1]
-    query = {"domain_name": domain, "from": f"{month}-01", "to": f"{month}-{days}"}
-    query |= {"direction": "outbound", "answered": "true", "billable_only": "true"}
+    query = {"domain_name": domain, "month": month, "direction": "outbound"}
+    query |= {"answered": "true", "billable_only": "true"}
     groups: dict[str, list[Any]] = {}
     for call in ask("call_range", **query, fields="destination_number,billsec"):
         price = find_price(table, call["destination_number"] or "")

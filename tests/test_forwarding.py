@@ -186,12 +186,6 @@ class Forwarder:
         assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
         return done
 
-    def catch_up(self) -> None:
-        """Runs until two runs in a row find nothing: a page of the feed may be empty although more follows."""
-        nothing = 0
-        while nothing < 2:
-            nothing = 0 if self.run().stdout else nothing + 1
-
     def reconcile(self) -> str:
         program, ledger = str(ROOT / "examples/poll_feed.py"), str(self.folder / "ledger.sqlite")
         days = ["--from", FIRST, "--to", str(TODAY.date())]
@@ -217,7 +211,7 @@ class Forwarder:
                     process.kill()
             assert process.returncode in (0, -9)
             kills += process.returncode == -9
-        self.catch_up()
+        self.run()
 
 
 def add_calls(database: Database, calls: int, domain: str = ALPHA) -> None:
@@ -345,7 +339,7 @@ def test_meters_have_the_seconds_of_the_pbx(database: Database, make: Maker, kin
         forwarder = make(name, f"{url}/api/v1", "--metric", "call_seconds")
         forwarder.kill_often(database)
         database.execute("UPDATE v_xml_cdr SET billsec = 0 WHERE domain_name = %s", [BETA])
-        forwarder.catch_up()
+        forwarder.run()
     if kind is OpenMeterApi:
         assert sink.refusals == []
     assert all('["value_already_exist"]' in refusal for refusal in sink.refusals)
@@ -365,7 +359,7 @@ def test_a_file_is_what_importers_take(database: Database, make: Maker, tmp_path
     forwarder = make("csv", str(folder))
     forwarder.run()
     add_calls(database, 5)
-    forwarder.catch_up()
+    forwarder.run()
     first, *_ = files = sorted(folder.iterdir())
     assert len(files) >= 3
     assert all(re.fullmatch(r"calls-\d{8}T\d{6}Z-[0-9a-f]{6}-\d{9}\.csv", file.name) for file in files)
@@ -384,14 +378,14 @@ def test_what_reconcile_repairs_is_handed_on(database: Database, make: Maker, tm
     """A call that the feed does not find; one that was deleted stays, for it was made."""
     folder = tmp_path / "out"
     forwarder = make("csv", str(folder), options=("--filter", "leg=a"))
-    forwarder.catch_up()
+    forwarder.run()
     database.insert_call(leg="b", end_stamp=TODAY - timedelta(days=3))
     late = database.insert_call(end_stamp=TODAY - timedelta(days=59), billsec=11)
     ((gone,),) = database.execute(
         "DELETE FROM v_xml_cdr WHERE ctid = (SELECT min(ctid) FROM v_xml_cdr) RETURNING xml_cdr_uuid::text"
     )
     assert "equals" in forwarder.reconcile()
-    forwarder.catch_up()
+    forwarder.run()
     found = replay(read_files(folder))
     assert late in found
     assert gone in found
@@ -404,7 +398,7 @@ def test_a_ledger_that_was_polled_before_is_handed_on_whole(database: Database, 
     program, ledger = str(ROOT / "examples/poll_feed.py"), str(tmp_path / "ledger.sqlite")
     command = [sys.executable, program, "--ledger", ledger, "poll", "--from", FIRST]
     subprocess.run(command, env=forwarder.environ, check=True, stdout=subprocess.DEVNULL)
-    forwarder.catch_up()
+    forwarder.run()
     assert replay(read_files(tmp_path / "out")) == stored(database)
 
 
@@ -415,10 +409,9 @@ def test_a_call_of_no_customer_is_told_and_holds_nothing_up(database: Database, 
         database.execute("UPDATE v_xml_cdr SET accountcode = 'acme' WHERE billsec > 100")
         done = forwarder.run()
         assert "calls have no accountcode" in done.stderr
-        forwarder.catch_up()
         assert set(sink.totals()) == {"acme"}
         database.execute("UPDATE v_xml_cdr SET accountcode = 'other' WHERE billsec > 200")
-        forwarder.catch_up()
+        forwarder.run()
     query = "SELECT accountcode, sum(billsec)::int FROM v_xml_cdr WHERE accountcode <> '' GROUP BY 1"
     assert dict(sink.totals()) == dict(database.execute(query)), "a call that changed hands is taken back first"
 
@@ -436,7 +429,7 @@ def test_a_sink_that_refuses_or_is_away_holds_the_cursor(database: Database, mak
         assert receiver.taken == 1
     assert "try again later" in forwarder.run("--patience", "0", status=5).stderr
     with receiver.listening() as url:
-        make("webhook", url).catch_up()
+        make("webhook", url).run()
     assert replay(receiver.calls) == stored(database)
 
 
@@ -455,5 +448,5 @@ def test_two_runs_at_once_do_not_send_twice(database: Database, make: Maker, tmp
     forwarder = make("csv", str(tmp_path / "out"))
     runs = [subprocess.Popen(forwarder.command(), env=forwarder.environ, stderr=subprocess.DEVNULL) for _ in range(3)]
     assert {process.wait(60) for process in runs} <= {0, 5}
-    forwarder.catch_up()
+    forwarder.run()
     assert replay(read_files(tmp_path / "out")) == stored(database)
