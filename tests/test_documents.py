@@ -264,3 +264,9 @@ def test_the_modules_head_lists_its_parts() -> None:
     text = Path(cdr_api.__file__).read_text("utf-8")
     listed = re.findall(r"^    ([A-Z][A-Za-z ]*?)  +\S", text.partition("A route is three steps")[0], re.MULTILINE)
     assert re.findall(r"^# ([A-Z][A-Za-z ]*?) -+$", text, re.MULTILINE) == listed
+
+
+def test_nothing_is_announced_to_end_that_the_page_of_promises_does_not_name() -> None:
+    announced = '"deprecated"' in (ROOT / "openapi.json").read_text("utf-8")
+    announced |= any(word in file.read_text("utf-8") for file in SOURCES for word in ("Sunset", "Deprecation"))
+    assert announced != ("Nothing is announced today" in DOCUMENTS["docs/promises.md"])
