@@ -14,6 +14,7 @@ import pytest
 
 import demo
 from bench import __main__ as bench
+from bench import growth
 from bench.peers import __main__ as peers
 from bench.peers.servers import HERE, Rival
 from bench.peers.values import plain
@@ -205,3 +206,14 @@ def test_the_readme_has_the_markers_once() -> None:
 def test_the_django_model_has_the_fields_of_the_service_in_their_order() -> None:
     found = re.findall(r"^    (\w+) = models\.", (HERE / "django_app.py").read_text("utf-8"), re.MULTILINE)
     assert tuple(found) == FIELDS
+
+
+def test_growth_stands_beside_its_ideal(server: demo.PostgresServer) -> None:
+    for _ in range(2):  # the second time with the data of the first
+        growth.make_database(server, "bench_growth", 1_500)
+    site = growth.Site(server, "bench_growth")
+    lines = [*growth.measure_pages(site), *growth.measure_polls(site), *growth.measure_domains(site, [0, 3])]
+    site.close()
+    assert len(lines) == 6 + 2 + 2 * 3 * 2
+    assert all(re.fullmatch(r"\| [a-z0-9, -]+ \| [0-9.]+ \| [0-9.]+ \| [0-9.]+ \| [0-9.]+ \|", line) for line in lines)
+    assert len(lines) == len({line.split("|")[1] for line in lines})
