@@ -67,7 +67,6 @@ from cdr.requestlog import Entry, read_address
 from cdr.selection import (
     FIELDS,
     FILTERS,
-    FIRST_WINDOW,
     Domains,
     Key,
     Selection,
@@ -579,13 +578,13 @@ def read_calls(
     parts: Sequence[Selection],
     values: Mapping[str, Any],
     output: Format,
-    width: timedelta = FIRST_WINDOW,
+    page_before: timedelta | None = None,
 ) -> tuple[Rows, Key | None]:
     """The calls of all parts, or a page of the first; and the key that ends it, None if nothing follows."""
     fields, csv_safe = values["fields"] or FIELDS, bool(values["csv_safe"])
     if not values["limit"]:
         return copy_calls(connection, parts, output, fields, csv_safe=csv_safe), None
-    return copy_page(connection, find_windows(connection, parts[0], width), output, fields, csv_safe=csv_safe)
+    return copy_page(connection, find_windows(connection, parts[0], page_before), output, fields, csv_safe=csv_safe)
 
 
 CALL: dict[str, Any] = {"tz": parse_zone, "fields": parse_fields, **FORMAT}
@@ -694,7 +693,7 @@ def call_feed() -> Response:
     _ = service().secret  # before a connection is held: it may take one of its own
     with service().reading(account.account_id, client(), sort=True, zone=values["tz"]) as connection:
         window, is_known = feed.read_window(service(), connection, account, selection, horizon, values)
-        rows, key = read_calls(connection, window.parts(values["limit"]), values, output, window.width)
+        rows, key = read_calls(connection, window.parts(values["limit"]), values, output, window.page_before)
         stream = CallStream(service(), connection, rows, output, fields)
     following = window.following(key)
     text = write_cursor(service().secret, "feed", asdict(following))

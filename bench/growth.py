@@ -133,13 +133,24 @@ def measure_pages(site: Site) -> Iterator[str]:
             yield f"| a page of {PAGE:,} calls of {who}, {place} | {cost.show(ideal)}"
 
 
+class Poller:
+    """Polls the feed, each time from where the last poll ended."""
+
+    def __init__(self, site: Site, who: str) -> None:
+        self.site, self.who = site, who
+        self.cursor = site.get(who, "/api/call_feed", **{"from": "2099-01-01"}).headers["X-Next-Cursor"]
+
+    def __call__(self) -> None:
+        self.cursor = self.site.get(self.who, "/api/call_feed", cursor=self.cursor).headers["X-Next-Cursor"]
+
+
 def measure_polls(site: Site) -> Iterator[str]:
     """Polls that find nothing: free where no transaction has ended, else by the calls of the look-back."""
-    cursor = site.get("all", "/api/call_feed", **{"from": "2099-01-01"}).headers["X-Next-Cursor"]
-    free = site.measure(partial(site.get, "all", "/api/call_feed", cursor=cursor))
+    poll = Poller(site, "all")
+    free = site.measure(poll)
     yield f"| a poll, when nothing was written | {free.show(free.total)}"
     site.connection.execute("SELECT txid_current()")
-    cost = site.measure(partial(site.get, "all", "/api/call_feed", cursor=cursor))
+    cost = site.measure(partial(site.get, "all", "/api/call_feed", cursor=poll.cursor))
     yield f"| a poll, when something else was written | {cost.show(free.total)}"
 
 
@@ -158,11 +169,9 @@ def measure_domains(site: Site, numbers: Sequence[int]) -> Iterator[str]:
         site.connection.execute("ANALYZE v_domains")
         site.connection.execute("ANALYZE cdr_api.grants")
         for who in ("one", "half", "all"):
-            site.get(who, "/api/domains")  # which notes the use of the token
-            cursor = site.get(who, "/api/call_feed", **{"from": "2099-01-01"}).headers["X-Next-Cursor"]
-            requests = {"a call": ("/api/call_range", call), "a poll": ("/api/call_feed", {"cursor": cursor})}
-            for name, (path, parameters) in requests.items():
-                cost = site.measure(partial(site.get, who, path, **parameters))
+            ask = partial(site.get, who, "/api/call_range", **call)
+            for name, work in (("a call", ask), ("a poll", Poller(site, who))):
+                cost = site.measure(work)
                 ideal = ideals.setdefault(f"{name} {who}", cost.total)
                 yield f"| {name}, by an account of {who}, beside {number:,} other domains | {cost.show(ideal)}"
 

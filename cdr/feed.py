@@ -14,7 +14,7 @@ from cdr.cursors import read_cursor
 from cdr.database import Connection, PooledConnection, run, run_planned
 from cdr.errors import ApiError, unavailable
 from cdr.ranges import EARLIEST, clamp, find_edge, find_zone
-from cdr.selection import FIRST_WINDOW, Domains, Key, Selection
+from cdr.selection import Domains, Key, Selection
 from cdr.service import Service
 from cdr.statements import STATEMENTS, mogrify
 
@@ -230,9 +230,9 @@ class Window:
         return written.parts(cursor.key and (cursor.key[0], cursor.key[1]), limit)
 
     @property
-    def width(self) -> timedelta:
-        """In which the next page is looked for: it is likely to be as wide as the one before, or half as wide again."""
-        return timedelta(seconds=self.cursor.width * 1.5) if self.cursor.width else FIRST_WINDOW
+    def page_before(self) -> timedelta | None:
+        """The time between the first and the last call of the page before, if there was one."""
+        return timedelta(seconds=self.cursor.width) if self.cursor.width else None
 
     def may_be_continued(self, key: Key | None) -> bool:
         """Whether a poll right after this one may find calls: the rest of the window after a key, or newer ones."""

@@ -232,14 +232,10 @@ class Selection:
         return self.by == "start" or len(self.domains.uuids) != 1 or self.domains.everything
 
     @property
-    def fills_windows(self) -> bool:
-        """Whether a page of these is likely to be full: of several domains, and all that they have.
-
-        Of what was written since the last poll there is little: to look for it in
-        windows would read everything once more.
-        """
+    def takes_windows(self) -> bool:
+        """Whether no index brings these in their order, but one finds those of a window of ends."""
         several = len(self.domains.uuids) > 1 or self.domains.everything
-        return several and self.possible and self.part == "dated" and self.low is None and not self.newest_first
+        return several and self.possible and self.part == "dated" and not self.newest_first
 
     @property
     def may_be_undated(self) -> bool:
@@ -309,16 +305,24 @@ def find_parts(connection: PooledConnection, domains: Domains) -> Domains:
 FIRST_WINDOW = timedelta(hours=1)
 
 
-def find_windows(connection: PooledConnection, page: Selection, width: timedelta = FIRST_WINDOW) -> list[Selection]:
+def find_windows(
+    connection: PooledConnection, page: Selection, page_before: timedelta | None = None
+) -> list[Selection]:
     """The calls among which a page may be found, fewer first; the last are all that are left.
 
     No index brings the calls of several domains in their order: without an upper
     edge each page would sort all that is left. So it is looked for in windows that
     double until one holds more than the page. What ends at the edge or later comes
-    after all of the page, so nothing is passed over. width: of the first window.
+    after all of the page, so nothing is passed over.
+
+    page_before is the time between the first and the last call of the page before:
+    the next is likely to be as wide. Of what was written since the last poll there is
+    little, and its first page is looked for among all: to look in windows would read
+    everything once more.
     """
+    width = page_before * 1.5 if page_before else FIRST_WINDOW
     widths: list[timedelta] = []
-    if page.fills_windows and connection.indexed:
+    if page.takes_windows and connection.indexed and (page.low is None or page_before):
         with suppress(ValueError, OverflowError):  # -infinity, or beyond the year 9999
             start, now = datetime.fromisoformat(page.after[0] or ""), datetime.now(UTC)
             while start + width < now:
