@@ -228,8 +228,8 @@ class Selection:
 
     @property
     def needs_sort(self) -> bool:
-        """Whether no index brings these in their order."""
-        return self.by == "start" or len(self.domains.uuids) != 1 or self.domains.everything
+        """Whether no index brings these in their order: those of some uuids are found by these."""
+        return self.uuids is not None or self.by == "start" or len(self.domains.uuids) != 1 or self.domains.everything
 
     @property
     def takes_windows(self) -> bool:
