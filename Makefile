@@ -2,10 +2,16 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test test-pgbouncer test-versions test-clusters torture day lint bench bench-peers lock assets clean gone
+.PHONY: run install deb test test-deb test-pgbouncer test-versions test-clusters torture day lint bench bench-peers lock assets clean gone
 
 run: $(VENV)/run ## serve on http://127.0.0.1:8000 (PORT= chooses another)
 	@$(BIN)/python -m demo
+
+install: ## the libraries of the service alone, as DEPLOYMENT.md has it
+	@$(INSTALL) service
+
+deb: ## the Debian package, into dist/, for the Debian that this runs on
+	@deploy/debian/build.sh
 
 # Three at a time: most of the time they wait for servers. A file's tests share a database.
 PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
@@ -23,6 +29,9 @@ test-versions: $(VENV)/test ## what has to hold on every PostgreSQL, on 13 to 17
 
 test-clusters: $(VENV)/test ## Patroni, whose leader is killed (needs patroni, etcd-server and postgresql of Debian)
 	$(BIN)/python -m pytest -q -s --clusters
+
+test-deb: $(VENV)/test ## the package in a bare Debian 12 and 13, from its installation to its purge (root; debootstrap)
+	$(BIN)/python -m pytest -s -o python_files=bare_debian.py tests/bare_debian.py
 
 torture: $(VENV)/test ## the feed, with writers and crashes for twenty minutes
 	TORTURE_SECONDS=600 $(BIN)/python -m pytest -s tests/test_torture.py

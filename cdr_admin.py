@@ -20,7 +20,7 @@ from flask.cli import AppGroup, with_appcontext
 
 from cdr import accounts
 from cdr.check import run_checks
-from cdr.check_calls import BAD, GOOD, NOTE
+from cdr.check_calls import BAD, GOOD, NOTE, Finding
 from cdr.database import Connection, codec_of, connect, run
 from cdr.passwords import hash_password
 from cdr.settings import Settings
@@ -321,6 +321,15 @@ def revoke_token(token_id: int) -> None:
 # Check ------------------------------------------------------------------------
 
 
+def print_findings(found: Iterable[Finding]) -> bool:
+    """A line for each, as it is found; whether none is bad."""
+    good = True
+    for mark, subject, text in found:
+        click.echo(f"{mark} {subject:<18} {text}")
+        good = good and mark != BAD
+    return good
+
+
 @click.command("check")
 @click.option("--json", "as_json", is_flag=True, help="A JSON array for monitoring instead of a table.")
 @with_appcontext
@@ -331,8 +340,7 @@ def check(as_json: bool) -> None:
         words = {GOOD: "good", NOTE: "note", BAD: "bad"}
         click.echo(json.dumps([{"state": words[m], "subject": s, "text": t} for m, s, t in found], indent=1))
     else:
-        for mark, subject, text in found:
-            click.echo(f"{mark} {subject:<18} {text}")
+        print_findings(found)
     if any(mark == BAD for mark, _, _ in found):
         sys.exit(1)
 

@@ -161,13 +161,18 @@ def examine_front() -> None:
     """Before every request: whether the proxy and the server in front are set up as they should be."""
     forwarded, environ = "X-Forwarded-For" in request.headers, request.environ
     if forwarded:
-        judge_front("proxies", PROXIES, good=service().settings.proxies > 0)
+        count, given = service().settings.proxies, request.headers.get("X-Forwarded-For", "").count(",") + 1
+        judge_front("proxies", PROXIES, good=count > 0)
+        judge_front("proxy count", PROXY_COUNT.format(count=count, given=given), good=count <= given)
         judge_front("HTTP version", HTTP_VERSION, good=environ.get("SERVER_PROTOCOL") != "HTTP/1.0")
     if "gunicorn.socket" in environ:
         judge_front("workers", SYNC_WORKER, good=environ["wsgi.multithread"])
 
 
 PROXIES = "requests come through a proxy, and CDR_API_PROXIES is 0: all clients count as one address"
+PROXY_COUNT = (
+    "CDR_API_PROXIES is {count}, and requests come through {given}: what they say of the client is not believed"
+)
 HTTP_VERSION = "the proxy asks in HTTP/1.0, where a broken answer looks whole: proxy_http_version 1.1;"
 SYNC_WORKER = "gunicorn runs a sync worker, which kills long answers at its time-out: use gthread"
 

@@ -29,6 +29,7 @@ for name in [name for name in sys.modules if name.split(".")[0] == "cdr" or name
 import cdr.rates  # noqa: E402 (its buckets are made before the fork: workers share them)
 import cdr.service  # noqa: E402
 from cdr.errors import envelope  # noqa: E402 (see above)
+from cdr.remedies import explain_failure  # noqa: E402
 from cdr.requestlog import request_log  # noqa: E402
 from cdr.settings import SettingError, Settings  # noqa: E402
 
@@ -78,7 +79,7 @@ def when_ready(server: Arbiter) -> None:
                     if variable != "CDR_API_ACCOUNTS_DSN":
                         cdr.service.zone_at_start = connection.info.parameter_status("TimeZone") or ""
         except psycopg.Error as error:
-            reason = " ".join(str(error).split())
+            reason = explain_failure(error, dsn)
             server.log.error(
                 "%s: no connection (%s); every request is answered 503 until there is one", variable, reason
             )

@@ -1002,6 +1002,15 @@ SELECT t.token_id, a.email, t.networks::text[] AS networks, t.domain_uuids::text
 
 -- Check ----------------------------------------------------------------------
 
+-- name: find_schemas
+-- One row is a table of FusionPBX's that we read, by its schema: whether our role may use that, and whether it finds it.
+SELECT n.nspname AS schema, has_schema_privilege(n.oid, 'USAGE') AS usable,
+       c.oid = to_regclass(c.relname::text) IS TRUE AS found
+  FROM pg_class AS c
+  JOIN pg_namespace AS n ON n.oid = c.relnamespace
+ WHERE c.relname IN ('v_xml_cdr', 'v_domains') AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
+ ORDER BY c.relname DESC, n.nspname = 'public' DESC;
+
 -- name: check_role
 -- One row: who we are, which of FusionPBX's two tables there are, and what we may do with them.
 SELECT current_user AS role,
@@ -1202,3 +1211,67 @@ EXPLAIN (FORMAT JSON);
 
 -- name: read_clock
 SELECT extract(epoch FROM clock_timestamp()) AS epoch;
+
+
+-- Setup ----------------------------------------------------------------------
+-- What cdr-api setup runs, as a superuser.
+
+-- name: examine_server
+-- One row: who we are, and what of ours there is; mb: about how large the index will be.
+SELECT current_user AS role,
+       (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) AS superuser,
+       (SELECT rolcanlogin FROM pg_roles WHERE rolname = 'cdr_api') AS may_log_in,
+       to_regclass('v_xml_cdr') IS NOT NULL AS has_calls,
+       to_regclass('v_domains') IS NOT NULL AS has_domains,
+       to_regnamespace('cdr_api') IS NOT NULL AS has_schema,
+       to_regclass('cdr_api_calls') IS NOT NULL AS has_index,
+       to_regclass('cdr_api.accounts') IS NOT NULL AS has_side_tables,
+       (SELECT min(pubname) FROM pg_publication WHERE puballtables) AS publication,
+       (SELECT ceil(greatest(reltuples, 0) * 67 / 1e6)::integer FROM pg_class WHERE oid = to_regclass('v_xml_cdr')) AS mb;
+
+-- name: select_domain_names
+-- One row is the name of a domain, as its bytes in hex, in their order.
+SELECT encode(convert_to(domain_name, getdatabaseencoding()), 'hex') AS name
+  FROM v_domains WHERE domain_name IS NOT NULL ORDER BY domain_name;
+
+-- name: choose_side_tables
+-- Tells schema.sql, in the same session, which tables to make: its head has the words.
+SELECT set_config('cdr_api.side_tables', %(where)s, false) AS chosen;
+
+-- name: find_database
+SELECT datname FROM pg_database WHERE datname = %(name)s;
+
+-- name: create_database
+CREATE DATABASE {name};
+
+-- name: set_role_password
+-- The limit leaves connections for FusionPBX and FreeSWITCH: the server has 100 unless it is told otherwise.
+ALTER ROLE cdr_api LOGIN CONNECTION LIMIT 40 PASSWORD {secret};
+
+-- name: find_index_progress
+-- One row is an index of v_xml_cdr that is being built: in which phase that is, and how much of it is done.
+SELECT phase, coalesce(100 * blocks_done / nullif(blocks_total, 0), 0) AS percent
+  FROM pg_stat_progress_create_index
+ WHERE relid = to_regclass('v_xml_cdr');
+
+-- name: drop_index
+DROP INDEX CONCURRENTLY IF EXISTS cdr_api_calls;
+
+-- name: drop_nameless_index
+DROP INDEX CONCURRENTLY IF EXISTS cdr_api_nameless;
+
+-- name: drop_domains_index
+DROP INDEX CONCURRENTLY IF EXISTS cdr_api_domains;
+
+-- name: drop_database
+-- That of the side tables, where they are not beside FusionPBX's.
+DROP DATABASE IF EXISTS cdr_api;
+
+-- name: drop_schema
+DROP SCHEMA IF EXISTS cdr_api CASCADE;
+
+-- name: drop_rights
+DROP OWNED BY cdr_api;
+
+-- name: drop_role
+DROP ROLE cdr_api;

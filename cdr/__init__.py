@@ -7,6 +7,7 @@ it on. Each file is one subject, and imports only those before it in this list:
     parsing      text of a request or a setting to values
     ranges       from and to, in a time zone
     settings     the CDR_API_* environment
+    remedies     what mends a connection that fails, as lines for a root shell
     statements   queries.sql by name; placeholders and literals
     clients      who takes an answer: whether they are there, and how slow they may be
     database     connection pools, prepared statements, everything at libpq's level

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import psycopg
 from psycopg import conninfo
 
 from cdr.accounts import list_domains
-from cdr.check_calls import BAD, CHECKS, GOOD, NOTE, Finding, Subject
+from cdr.check_calls import BAD, CHECKS, GOOD, NOTE, SHOW_ROWS, Finding, Subject
 from cdr.database import Connection, connect, run
 from cdr.passwords import AT_ONCE
+from cdr.remedies import EDIT, Place, change_setting, explain_failure
 from cdr.selection import Domains
-from cdr.settings import Settings, unknown_settings
+from cdr.settings import ENVIRONMENT_FILE, Settings, unknown_settings
 
 Check = Callable[[Subject, Connection], Iterator[Finding]]
 
 SCHEMA_VERSION = 6
-ENVIRONMENT_FILE = Path("/etc/cdr-api/env")  # where DEPLOYMENT.md puts it
-UNIT_FILE = Path("/etc/systemd/system/cdr-api.service")
+# Where DEPLOYMENT.md puts it, and where the package does; of two systemd takes the first.
+UNIT_FILES = (Path("/etc/systemd/system/cdr-api.service"), Path("/lib/systemd/system/cdr-api.service"))
 
 # So many domains are looked through in half a millisecond.
 MANY_DOMAINS = 2_000
@@ -42,16 +43,17 @@ def run_checks(settings: Settings) -> Iterator[Finding]:
     """Every check's finding. What cannot be looked at because a server is away is left out."""
     yield from check_settings(settings, os.environ)
     yield from check_files(ENVIRONMENT_FILE)
-    yield from check_memory(settings, UNIT_FILE)
+    yield from check_memory(settings, next((unit for unit in UNIT_FILES if unit.is_file()), UNIT_FILES[0]))
     subject = Subject(settings, find_domains(settings))
     beside: tuple[Check, ...] = (check_publications, check_side_tables, check_accounts, check_warnings)
     if settings.accounts_dsn:
         checks = (check_superuser, check_connections, *beside)
         yield from check_server("CDR_API_ACCOUNTS_DSN", subject, settings.accounts_dsn, checks)
         beside = (check_leftovers,)
-    yield from check_server(
-        "CDR_API_DSN", subject, settings.dsn, (check_role, check_connections, check_domains, *beside)
-    )
+    checks = (check_role, check_connections, check_domains, *beside)
+    found = yield from check_server("CDR_API_DSN", subject, settings.dsn, checks)
+    if not (found or settings.calls_dsn):
+        return
     variable = "CDR_API_CALLS_DSN" if settings.calls_dsn else "calls"
     calls_checks = (check_role, check_connections, *CHECKS) if settings.calls_dsn else CHECKS
     yield from check_server(variable, subject, settings.calls_dsn or settings.dsn, calls_checks)
@@ -86,10 +88,10 @@ def check_files(environment_file: Path) -> Iterator[Finding]:
         return
     faults = []
     if environment_file.stat().st_mode & 0o007:
-        faults.append(f"everybody may read the password in {environment_file}: chmod 0640 {environment_file}")
+        faults.append(f"everybody may read the password in {environment_file}; run chmod 0640 {environment_file}")
     folder = Path(__file__).parent.parent
-    if os.geteuid() != 0 and os.access(folder, os.W_OK):
-        faults.append(f"the service may change its own program: chown -R root:root {folder}")
+    if os.geteuid() != 0 and os.access(folder, os.W_OK, effective_ids=True):
+        faults.append(f"the service may change its own program; run chown -R root:root {folder}")
     for fault in faults:
         yield BAD, "files", fault
     if not faults:
@@ -103,7 +105,8 @@ UNITS = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024 * 1024}
 
 def find_memory_limit(unit: Path) -> float | None:
     """MemoryMax of a systemd unit's file and what was added to it, in MB; None: there is none, or not as a number."""
-    files = [unit, *sorted(unit.with_name(f"{unit.name}.d").glob("*.conf"))]
+    added = unit.parent if unit != UNIT_FILES[1] else UNIT_FILES[0].parent  # as systemctl edit does
+    files = [unit, *sorted((added / f"{unit.name}.d").glob("*.conf"))]
     texts = [path.read_text("utf-8", "replace") for path in files if path.is_file()]
     found = re.findall(r"^MemoryMax=(?:([0-9]+)([KMGT]?)\s*)?", "\n".join(texts), re.MULTILINE)
     number, letter = found[-1] if found else ("", "")
@@ -119,7 +122,8 @@ def check_memory(settings: Settings, unit: Path) -> Iterator[Finding]:
     sum_, workers = each * settings.workers, settings.workers
     text = f"{workers} workers with {settings.threads} threads take {sum_} MB at most, of MemoryMax {limit:.0f} MB"
     if sum_ > limit:
-        yield BAD, "memory", f"{text}: raise that in {unit}, or lower CDR_API_WORKERS or CDR_API_THREADS"
+        mend = f"systemctl set-property cdr-api MemoryMax={sum_}M"
+        yield BAD, "memory", f"{text}; fewer workers or threads take less, or run {mend}"
     else:
         yield GOOD, "memory", text
 
@@ -147,39 +151,79 @@ def check_connections(subject: Subject, connection: Connection) -> Iterator[Find
         yield GOOD, "connections", text
 
 
-def check_server(variable: str, subject: Subject, dsn: str, checks: Iterable[Check]) -> Iterator[Finding]:
-    """Connects and runs the checks of one server."""
+def check_server(variable: str, subject: Subject, dsn: str, checks: Iterable[Check]) -> Generator[Finding, None, bool]:
+    """Connects and runs the checks of one server, if it is one that can be read: whether it is."""
     try:
         connection = connect(dsn)
     except psycopg.Error as error:
-        yield BAD, variable, " ".join(str(error).split())
-        return
+        yield BAD, variable, explain_failure(error, dsn)
+        return False
     with connection:
         connection.autocommit = True
         version = connection.info.server_version
         shown = f"PostgreSQL {connection.info.parameter_status('server_version')}, database {connection.info.dbname}"
         if version < 110000:
             yield BAD, variable, f"{shown}: PostgreSQL 11 or newer is needed"
-            return
+            return False
+        if variable != "CDR_API_ACCOUNTS_DSN" and (wrong := find_wrong_database(connection, variable)):
+            yield BAD, variable, wrong
+            return False
         yield GOOD, variable, shown
         for examine in checks:
             try:
                 yield from examine(subject, connection)
             except psycopg.Error as error:
                 reason = error.diag.message_primary or " ".join(str(error).split())
+                reason += find_mend(error, connection)
                 yield BAD, examine.__name__.removeprefix("check_").replace("_", " "), reason
+    return True
+
+
+# What schema.sql makes, or lets the role have.
+LACKING = (
+    psycopg.errors.InsufficientPrivilege,
+    psycopg.errors.InvalidSchemaName,
+    psycopg.errors.UndefinedFunction,
+    psycopg.errors.UndefinedTable,
+)
+
+
+def find_mend(error: psycopg.Error, connection: Connection) -> str:
+    """What to run where a check could not look; nothing if that is not known."""
+    place, names = Place.of(connection), [row["name"] for row in run(connection, "find_row_security")]
+    if names:
+        return f"; run {place.execute(*(SHOW_ROWS.format(name=name) for name in names))}"
+    return f"; run {place.run_schema()}" if isinstance(error, LACKING) else ""
+
+
+def find_wrong_database(connection: Connection, variable: str) -> str:
+    """Why none of FusionPBX's tables is found; nothing if one is. Every other check would fail for this."""
+    place, tables = Place.of(connection), run(connection, "find_schemas")
+    if any(table["found"] for table in tables):
+        return ""
+    if not tables:
+        name = "CDR_API_DSN" if variable == "calls" else variable
+        databases = place.psql("-l", database="postgres")
+        text = f"the database {place.database} has none of FusionPBX's tables"
+        return f"{text}; name the right one in {name}: run {databases}; {EDIT}"
+    schema = tables[0]["schema"]
+    if not tables[0]["usable"]:
+        mend = place.execute(f"GRANT USAGE ON SCHEMA {schema} TO {place.user}")
+        return f"{place.user} may not use the schema {schema}, where v_xml_cdr is; run {mend}"
+    mend = place.execute(f"ALTER ROLE {place.user} IN DATABASE {place.database} SET search_path = {schema}, public")
+    return f"v_xml_cdr is in the schema {schema}, where {place.user} does not look; run {mend}"
 
 
 def check_role(_subject: Subject, connection: Connection) -> Iterator[Finding]:
     found = run(connection, "check_role")[0]
-    role, tables = found["role"], found["tables"]
+    role, tables, place = found["role"], found["tables"], Place.of(connection)
     if found["superuser"]:
-        yield BAD, "role", f"{role} is a superuser: log in as cdr_api, the role that schema.sql makes"
+        yield BAD, "role", f"{role} is a superuser: log in as cdr_api, the role that schema.sql makes; run {EDIT}"
     elif found["may_write"]:
-        revoke = f"REVOKE INSERT, UPDATE, DELETE, TRUNCATE ON {', '.join(tables)} FROM {role};"
-        yield BAD, "role", f"{role} may write {' or '.join(tables)}: {revoke}"
+        revoke = place.execute(f"REVOKE INSERT, UPDATE, DELETE, TRUNCATE ON {', '.join(tables)} FROM {role};")
+        yield BAD, "role", f"{role} may write {' or '.join(tables)}; run {revoke}"
     elif not found["may_read"]:
-        yield BAD, "role", f"{role} may not read {' and '.join(tables) or 'any table'}: run schema.sql"
+        yield BAD, "role", f"{role} may not read {' and '.join(tables)}; run {place.run_schema()}"
     else:
         yield GOOD, "role", f"{role} reads {' and '.join(tables)} and writes {'neither' if tables[1:] else 'nothing'}"
 
@@ -196,12 +240,13 @@ def check_superuser(_subject: Subject, connection: Connection) -> Iterator[Findi
 def check_domains(_subject: Subject, connection: Connection) -> Iterator[Finding]:
     """Domains are read beside the accounts; an archive, where calls are read, need not have them."""
     if "v_domains" not in run(connection, "check_role")[0]["tables"]:
-        yield BAD, "domains", "there is no table v_domains: is this FusionPBX's database?"
+        look = Place.of(connection).psql("-c", "\\dt *.v_domains")
+        yield BAD, "domains", f"there is no table v_domains: is this FusionPBX's database? Run {look}"
         return
     found = run(connection, "examine_domains")[0]
     if found["domains"] > MANY_DOMAINS and not found["indexed"]:
-        text = f"there are {found['domains']:,}, which each request looks through for a name; run {DOMAINS_INDEX}"
-        yield NOTE, "domains", text
+        text = f"there are {found['domains']:,}, which each request looks through for a name"
+        yield NOTE, "domains", f"{text}; run {Place.of(connection).execute(DOMAINS_INDEX)}"
 
 
 def check_publications(_subject: Subject, connection: Connection) -> Iterator[Finding]:
@@ -210,8 +255,9 @@ def check_publications(_subject: Subject, connection: Connection) -> Iterator[Fi
     names = " and ".join(row["name"] for row in found)
     if found:
         does = "replicates" if found[0]["are_here"] else "would replicate"
-        how = f"put them into a database of their own: {MAKE_APART}; then set CDR_API_ACCOUNTS_DSN (docs/clusters.md)"
-        yield BAD, "replication", f"{names} {does} the side tables, and two nodes that write them stop it: {how}"
+        text = f"{names} {does} the side tables, and two nodes that write them stop it; put them into a database of"
+        how = f"{MAKE_APART}  # and set CDR_API_ACCOUNTS_DSN (docs/clusters.md)"
+        yield BAD, "replication", f"{text} their own; run {how}"
     else:
         yield GOOD, "replication", "no publication takes the side tables"
 
@@ -221,7 +267,8 @@ def check_leftovers(_subject: Subject, connection: Connection) -> Iterator[Findi
     found = run(connection, "find_publications")
     if found and found[0]["are_here"]:
         names = " and ".join(row["name"] for row in found)
-        yield BAD, "replication", f"{names} replicates side tables that are of no use here any more: {DROP_BESIDE}"
+        drop = Place.of(connection).execute(DROP_BESIDE)
+        yield BAD, "replication", f"{names} replicates side tables that are of no use here any more; run {drop}"
 
 
 def check_side_tables(_subject: Subject, connection: Connection) -> Iterator[Finding]:
@@ -229,7 +276,8 @@ def check_side_tables(_subject: Subject, connection: Connection) -> Iterator[Fin
     if version == SCHEMA_VERSION:
         yield GOOD, "side tables", f"version {version}"
     else:
-        yield BAD, "side tables", f"version {version} instead of {SCHEMA_VERSION}: run schema.sql"
+        mend = Place.of(connection).run_schema()
+        yield BAD, "side tables", f"version {version} instead of {SCHEMA_VERSION}; run {mend}"
 
 
 def check_accounts(_subject: Subject, connection: Connection) -> Iterator[Finding]:
@@ -238,11 +286,22 @@ def check_accounts(_subject: Subject, connection: Connection) -> Iterator[Findin
     yield NOTE if found["expiring"] else GOOD, "accounts", text
 
 
+# What mends each warning of the service.
+MENDS = {
+    "proxies": change_setting("CDR_API_PROXIES", 1),
+    "proxy count": change_setting("CDR_API_PROXIES", 1),
+    "HTTP version": f"cp {Path(__file__).parent.parent}/deploy/nginx-path.conf /etc/nginx/snippets/cdr-api.conf"
+    " && nginx -t && systemctl reload nginx",
+    "workers": "systemctl cat cdr-api  # no --worker-class must be there",
+}
+
+
 def check_warnings(subject: Subject, connection: Connection) -> Iterator[Finding]:
     """What the running service saw of how requests arrive, in the last day; not what the settings have mended since."""
-    mended = {"proxies"} if subject.settings.proxies else set()
-    rows = [row for row in run(connection, "select_warnings") if row["name"] not in mended]
+    mended = "proxies" if subject.settings.proxies else "proxy count"
+    rows = [row for row in run(connection, "select_warnings") if row["name"] != mended]
     for row in rows:
-        yield BAD, row["name"], f"{row['text']} (seen {row['seen_at']})"
+        mend = MENDS.get(row["name"])
+        yield BAD, row["name"], f"{row['text']} (seen {row['seen_at']})" + (f"; run {mend}" if mend else "")
     if not rows:
         yield GOOD, "requests", "arrive as the settings say, as far as the service has seen"

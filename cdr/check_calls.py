@@ -13,6 +13,7 @@ from psycopg import sql
 
 from cdr.database import Connection, codec_of, run
 from cdr.parsing import parse_zone
+from cdr.remedies import EDIT, Place
 from cdr.selection import (
     FIELDS,
     FIRST_UUID,
@@ -36,6 +37,7 @@ NAMELESS_INDEX = (
     "CREATE INDEX CONCURRENTLY IF NOT EXISTS cdr_api_nameless ON v_xml_cdr (domain_name, end_stamp, xml_cdr_uuid)"
     " WHERE domain_uuid IS NULL;"
 )
+SHOW_ROWS = "ALTER TABLE {name} DISABLE ROW LEVEL SECURITY;"
 MANY_NAMELESS = 10_000
 WEEK = 7 * 86400  # seconds
 SAMPLE_ROWS = 20_000  # spread over the table
@@ -61,13 +63,16 @@ def find_columns(connection: Connection) -> dict[str, str]:
 def check_columns(_subject: Subject, connection: Connection) -> Iterator[Finding]:
     columns = find_columns(connection)
     if not columns:
-        yield BAD, "columns", "there is no table v_xml_cdr: is this FusionPBX's database?"
+        look = Place.of(connection).psql("-c", "\\dt *.v_xml_cdr")
+        yield BAD, "columns", f"there is no table v_xml_cdr: is this FusionPBX's database? Run {look}"
         return
     renamed = {"xml_cdr_uuid"} if "uuid" in columns and "xml_cdr_uuid" not in columns else set()  # 4.x's key
     columns |= dict.fromkeys(renamed, "uuid")
     lacking = [name for name in FIELDS if name not in columns]
     if {"uuid", "xml_cdr_uuid"} <= columns.keys() - renamed:
-        yield BAD, "columns", "there are both uuid and xml_cdr_uuid: which one is the key cannot be told"
+        count = Place.of(connection).execute("SELECT count(uuid), count(xml_cdr_uuid) FROM v_xml_cdr;")
+        text = "there are both uuid and xml_cdr_uuid: which one is the key cannot be told"
+        yield BAD, "columns", f"{text}; drop the one that is empty: run {count}"
     text = f"{len(lacking)} of the 66 fields are always null here: {', '.join(lacking)}" if lacking else "all 66 fields"
     yield GOOD, "columns", text
 
@@ -88,8 +93,8 @@ def check_tables(_subject: Subject, connection: Connection) -> Iterator[Finding]
 def check_row_security(_subject: Subject, connection: Connection) -> Iterator[Finding]:
     names = [row["name"] for row in run(connection, "find_row_security")]
     if names:
-        mend = "; ".join(f"ALTER TABLE {name} DISABLE ROW LEVEL SECURITY" for name in names)
-        yield BAD, "row security", f"a policy may hide rows of {', '.join(names)}, so every answer is 503: {mend};"
+        mend = Place.of(connection).execute(*(SHOW_ROWS.format(name=name) for name in names))
+        yield BAD, "row security", f"a policy may hide rows of {', '.join(names)}, so every answer is 503; run {mend}"
     else:
         yield GOOD, "row security", "no policy hides a row"
 
@@ -101,33 +106,46 @@ def check_key(_subject: Subject, connection: Connection) -> Iterator[Finding]:
         return
     doubles = run(connection, "count_doubles")[0]["calls"]
     text = f"v_xml_cdr has no primary key, and {doubles} calls are stored more than once"
-    mend = f"ALTER TABLE v_xml_cdr ADD PRIMARY KEY ({key});"
-    yield BAD, "key", f"{text}; each counts once, and every answer is slow: {mend}"
+    mend = Place.of(connection).execute(f"ALTER TABLE v_xml_cdr ADD PRIMARY KEY ({key});")
+    yield BAD, "key", f"{text}; each counts once, and every answer is slow; run {mend}"
 
 
 def check_index(_subject: Subject, connection: Connection) -> Iterator[Finding]:
     """Whether an index serves the range of a day: of the table, or of its parts by the plan of the real statement."""
+    place = Place.of(connection)
     for row in run(connection, "select_invalid_indexes"):
-        drop = f"DROP INDEX CONCURRENTLY {row['index_name']};"
-        yield BAD, "index", f"{row['index_name']} is left over from a build that was interrupted: run {drop}"
-    columns, found = find_columns(connection), run(connection, "examine_session")[0]
+        drop = place.execute(f"DROP INDEX CONCURRENTLY {row['index_name']};")
+        yield BAD, "index", f"{row['index_name']} is left over from a build that was interrupted; run {drop}"
+    index, served = find_index(connection)
     parts = run(connection, "find_parts")[0]
     far = ", ".join(parts["far"])
-    if columns.get("end_stamp") != "timestamp with time zone":  # as in 4.x, where the epochs count
-        index, served = EPOCH_INDEX, found["epochs_indexed"]
-    else:
-        # Of a table that is distributed (Citus) the plan does not tell; the catalog does.
-        index, served = RANGE_INDEX, found["indexed"] or is_range_planned(connection)
-    index = index.format(key="xml_cdr_uuid" if "xml_cdr_uuid" in columns else "uuid")
     if far and (served or far == "v_xml_cdr"):
         yield NOTE, "index", f"{far} is on another server, where this index has to be: {index}"
     elif served:
         yield GOOD, "index", "an index serves ranges"
     elif parts["partitioned"]:  # of which PostgreSQL makes no index concurrently; the name may be an older table's
-        index = f"CREATE INDEX ON {index.partition(' ON ')[2]}"
-        yield BAD, "index", f"no index serves ranges; run {index} (meanwhile no call is stored)"
+        index = place.execute(f"CREATE INDEX ON {index.partition(' ON ')[2]}")
+        yield BAD, "index", f"no index serves ranges; run {index}  # meanwhile no call is stored"
     else:
-        yield BAD, "index", f"no index serves ranges; run {index}"
+        yield BAD, "index", f"no index serves ranges; run {place.execute(index)}"
+
+
+def find_index(connection: Connection) -> tuple[str, bool]:
+    """The statement that makes the index for the range of a day, and whether one serves it already."""
+    columns, found = find_columns(connection), run(connection, "examine_session")[0]
+    if columns.get("end_stamp") != "timestamp with time zone":  # as in 4.x, where the epochs count
+        index, served = EPOCH_INDEX, found["epochs_indexed"]
+    else:
+        # Of a table that is distributed (Citus) the plan does not tell; the catalog does.
+        index, served = RANGE_INDEX, found["indexed"] or is_range_planned(connection)
+    return index.format(key="xml_cdr_uuid" if "xml_cdr_uuid" in columns else "uuid"), served
+
+
+def find_missing_index(connection: Connection) -> str | None:
+    """The statement for an index that is missing, if it can be made while calls are stored."""
+    parts = run(connection, "find_parts")[0]
+    index, served = find_index(connection)
+    return None if served or parts["far"] or parts["partitioned"] else index
 
 
 def is_range_planned(connection: Connection) -> bool:
@@ -184,7 +202,8 @@ def check_domains_of_calls(subject: Subject, connection: Connection) -> Iterator
 def check_nameless(calls: int, connection: Connection) -> Iterator[Finding]:
     """Calls without a domain_uuid are few, or need an index of their own: no other brings them in their order."""
     if calls > MANY_NAMELESS and not run(connection, "examine_session")[0]["nameless_indexed"]:
-        yield NOTE, "nameless calls", f"{calls} have no domain_uuid, which makes pages slow; run {NAMELESS_INDEX}"
+        mend = Place.of(connection).execute(NAMELESS_INDEX)
+        yield NOTE, "nameless calls", f"{calls} have no domain_uuid, which makes pages slow; run {mend}"
 
 
 def find_zone(subject: Subject, connection: Connection) -> str:
@@ -265,8 +284,9 @@ def check_feed(_subject: Subject, connection: Connection) -> Iterator[Finding]:
         yield GOOD, "feed", f"held back by {seconds:.0f} s"
         return
     pid = found["holder"].partition("pid ")[2].partition(",")[0]
-    end = f"SELECT pg_terminate_backend({pid});" if pid else "ROLLBACK PREPARED or COMMIT PREPARED it"
-    text = f"held back by {seconds:.0f} s: {found['holder']} has written and not ended; if that is wrong: {end}"
+    place = Place.of(connection)
+    end = place.execute(f"SELECT pg_terminate_backend({pid});" if pid else "SELECT * FROM pg_prepared_xacts;")
+    text = f"held back by {seconds:.0f} s: {found['holder']} has written and not ended; if that is wrong, run {end}"
     yield NOTE if seconds < 3600 else BAD, "feed", text
 
 
@@ -277,7 +297,8 @@ def check_standby(_subject: Subject, connection: Connection) -> Iterator[Finding
     lag = found["seconds"]
     text = f"a standby, {lag:.0f} s behind" if lag is not None else "a standby that has replayed nothing yet"
     if lag is None or lag > 300:
-        text += ": SELECT * FROM pg_stat_replication on the primary tells why"
+        look = Place.of(connection).execute("SELECT * FROM pg_stat_wal_receiver;")
+        text += f"; run {look}"
     yield GOOD if lag is not None and lag < 60 else NOTE if lag is not None and lag <= 300 else BAD, "standby", text
 
 
@@ -296,8 +317,9 @@ def check_subscription(_subject: Subject, connection: Connection) -> Iterator[Fi
     if found["known"] and found["applied"]:
         yield GOOD, "subscription", f"fills v_xml_cdr, has applied everything up to {found['applied']}"
     else:
-        text = "fills v_xml_cdr and does not run, or copies still (pg_stat_subscription tells)"
-        yield BAD, "subscription", f"{text}: the feed comes without X-Complete-Through"
+        text = "fills v_xml_cdr and does not run, or copies still: the feed comes without X-Complete-Through"
+        look = Place.of(connection).execute("SELECT * FROM pg_stat_subscription;")
+        yield BAD, "subscription", f"{text}; run {look}"
 
 
 # Time -------------------------------------------------------------------------
@@ -311,7 +333,7 @@ def check_time_zone(subject: Subject, connection: Connection) -> Iterator[Findin
         with connection.transaction(force_rollback=True):
             run(connection, "try_time_zone", time_zone=zone)
     except (ValueError, psycopg.DataError):
-        yield BAD, "time zone", f"{zone} is not a time zone that both sides know: set CDR_API_TIMEZONE"
+        yield BAD, "time zone", f"{zone} is not a time zone that both sides know; set CDR_API_TIMEZONE: run {EDIT}"
     else:
         yield GOOD, "time zone", f"{zone}, by {'CDR_API_TIMEZONE' if chosen else 'the database'}"
 
@@ -320,7 +342,11 @@ def check_clock(_subject: Subject, connection: Connection) -> Iterator[Finding]:
     before = time.time()
     server = float(run(connection, "read_clock")[0]["epoch"])
     difference = server - (before + time.time()) / 2
-    yield GOOD if abs(difference) < 5 else BAD, "clock", f"the server's differs from ours by {difference:+.1f} s"
+    text = f"the server's differs from ours by {difference:+.1f} s"
+    if abs(difference) < 5:
+        yield GOOD, "clock", text
+    else:
+        yield BAD, "clock", f"{text}; run timedatectl set-ntp true  # there and here"
 
 
 def check_date_style(_subject: Subject, connection: Connection) -> Iterator[Finding]:

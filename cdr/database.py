@@ -101,6 +101,11 @@ def connect(dsn: str) -> Connection:
     return psycopg.connect(dsn, row_factory=dict_row, connect_timeout=5, client_encoding="UTF8", prepare_threshold=None)
 
 
+def encrypt_password(connection: Connection, password: str, role: str) -> str:
+    """What PostgreSQL keeps of a role's password (SCRAM): so the password itself reaches no log of it."""
+    return connection.pgconn.encrypt_password(password.encode(), role.encode(), b"scram-sha-256").decode()
+
+
 def run(connection: Connection, statement: str, **parameters: Any) -> list[dict[str, Any]]:
     """The rows of a statement of queries.sql on a connection in hand."""
     cursor = connection.execute(STATEMENTS[statement], parameters)

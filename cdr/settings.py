@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psycopg
 from psycopg import conninfo
@@ -14,6 +15,8 @@ from psycopg import conninfo
 from cdr.parsing import integer_between, one_of, parse_names, parse_zone
 
 log = logging.getLogger("cdr_api")
+
+ENVIRONMENT_FILE = Path("/etc/cdr-api/env")  # where DEPLOYMENT.md keeps them
 
 
 class SettingError(Exception):
@@ -104,3 +107,26 @@ def unknown_settings(environ: Mapping[str, str]) -> list[str]:
     """The variables that look like settings and are not."""
     known = {f"CDR_API_{name.upper()}" for name in Settings.__dataclass_fields__}
     return sorted(name for name in environ if name.startswith("CDR_API_") and name not in known)
+
+
+# A line of the file as systemd reads it (EnvironmentFile=): blanks need no quotation marks.
+ASSIGNMENT = re.compile(r"""\s*(\w+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|'([^']*)'|((?!["']).*[^\\]|))\s*""", re.ASCII)
+
+
+def read_environment(path: Path) -> dict[str, str]:
+    """The variables of a file that systemd reads as EnvironmentFile=, one in each line.
+
+    Raises SettingError for a line that is none, and OSError where the file cannot be read.
+    """
+    found = {}
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        if not line.strip() or line.lstrip()[0] in "#;":
+            continue
+        match = ASSIGNMENT.fullmatch(line)
+        if not match:
+            name = line.partition("=")[0].strip()
+            raise SettingError(f'{path}, line {number} ({name}) is wrong: a setting must be one line, NAME="VALUE"')
+        name, quoted, literal, plain = match.groups()
+        value = plain.rstrip() if plain is not None else quoted
+        found[name] = literal if value is None else re.sub(r"\\(.)", r"\1", value)
+    return found

@@ -1,4 +1,4 @@
-"""What make run and make test need, installed into .venv, with progress: python3 demo/install.py FOLDER run|test
+"""What make needs, installed into .venv, with progress: python3 demo/install.py FOLDER run|test|service
 
 It runs before anything is installed, by any Python from 3.11 on. Whatever fails ends it with one sentence.
 """
@@ -25,6 +25,7 @@ PLANS = {  # what is installed, MB that it takes, what comes
         500,
         RUN_PLAN.format("starts a PostgreSQL of its own in .demo, invents 100,000 calls (150 MB) and serves them"),
     ),
+    "service": ("requirements.txt", 100, "Installs the libraries of the service into .venv (20 MB)."),
     "test": (
         "tests/requirements.txt",
         1000,

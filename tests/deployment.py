@@ -60,6 +60,7 @@ SHELL = {
     "adduser": 'for user; do :; done; echo "$user" >> TREE/etc/passwd',
     "apt": '[ "$1" = install ]',
     "deluser": 'grep -qx "$2" TREE/etc/passwd && sed -i "/^$2$/d" TREE/etc/passwd',
+    "getent": '[ "$1" = passwd ] && grep -qx "$2" TREE/etc/passwd',
     "iptables": """
         rule="${*#-?}"
         [ "$1" = -I ] && echo "$rule" >> TREE/run/iptables && exit
@@ -94,20 +95,14 @@ def install_programs(folder: Path, words: Mapping[str, str]) -> None:
         (folder / "bin" / name).chmod(0o755)
 
 
-INCLUDE = "    include snippets/cdr-api.conf;\n"
-HTTPS = re.compile(r" *listen \S+ ssl;\n *server_name .+\n")
+INCLUDE = "    include snippets/cdr-api[.]conf;\n"
 
 
 def editor(folder: Path, name: str) -> None:
-    """Writes what the document tells to write into either file: the password, or nginx's line, or that no more."""
+    """Writes what the document tells to write into the settings: the new password."""
     before = Path(name).read_text("utf-8")
-    if Path(name).name == "env":
-        password = (folder / "password").read_text("ascii")
-        after = re.sub(r"(?<=password=)\w+", password, before)
-    elif INCLUDE in before:
-        after = before.replace(INCLUDE, "")
-    else:
-        after = HTTPS.sub(lambda found: found[0] + INCLUDE, before, count=1)
+    password = (folder / "password").read_text("ascii")
+    after = re.sub(r"(?<=password=)\w+", password, before)
     assert after != before, f"{name} is not as the document says"
     Path(name).write_text(after, "utf-8")
 
@@ -122,12 +117,15 @@ sys.exit(found.load()())
 
 
 def python3(_folder: Path, *arguments: str) -> None:
-    """A virtual environment that has the packages already which the tests run with: no network is needed."""
-    subprocess.run([sys.executable, *arguments, "--without-pip"], check=True)
-    made = Path(arguments[-1]).absolute()
+    """A virtual environment that has the packages already which the tests run with: make install needs no network."""
+    if arguments[0] != "demo/install.py":
+        subprocess.run([sys.executable, *arguments], check=True)
+        return
+    made = Path(arguments[1]).absolute()
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(made)], check=True)
     (site,) = made.glob("lib/python*/site-packages")
     (site / "installed.pth").write_text(sysconfig.get_path("purelib") + "\n", "utf-8")
-    for name in ("flask", "gunicorn", "pip"):
+    for name in ("gunicorn",):
         script = made / "bin" / name
         script.write_text(SCRIPT.format(python=made / "bin" / "python", name=name), "utf-8")
         script.chmod(0o755)
@@ -137,19 +135,20 @@ def python3(_folder: Path, *arguments: str) -> None:
 
 
 def systemctl(folder: Path, action: str, *words: str) -> None:
-    now = action if "--now" in words else None
     link = folder / "tree/etc/systemd/system/multi-user.target.wants/cdr-api.service"
     if action == "reload" and words == ("nginx",):
         os.kill(int((folder / "nginx/nginx.pid").read_text("ascii")), signal.SIGHUP)
         return
     assert action == "daemon-reload" or words[-1] == "cdr-api"
-    if action == "enable":
+    if action == "is-enabled":
+        sys.exit(not link.is_symlink())
+    if action == "enable" and not link.is_symlink():
         link.symlink_to("../cdr-api.service")
     if action == "disable":
-        link.unlink()
-    if action in ("stop", "restart") or now == "disable":
+        link.unlink(missing_ok=True)
+    if action in ("stop", "restart") or "--now" in words:
         stop(folder)
-    if action in ("start", "restart") or now == "enable":
+    if action in ("start", "restart"):
         start(folder, read_unit(folder))
 
 

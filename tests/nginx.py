@@ -61,7 +61,7 @@ server {
 server {
     listen 127.0.0.1:HTTPS_PORT ssl;
     server_name fusionpbx;
-    include snippets/cdr-api.conf;
+    include snippets/cdr-api[.]conf;
     ssl_certificate FOLDER/nginx.crt;
     ssl_certificate_key FOLDER/nginx.key;
     rewrite ^(.*)/api/ $1/api/index.php last;

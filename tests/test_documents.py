@@ -19,6 +19,7 @@ import pytest
 
 import cdr_admin
 import cdr_api
+import cdr_setup
 import demo
 from cdr.check_calls import EPOCH_INDEX, RANGE_INDEX
 from cdr.selection import FIELDS
@@ -172,7 +173,8 @@ def test_every_command_is_in_the_reference() -> None:
                 if isinstance(parameter, click.Option):
                     assert parameter.opts[0] in section, parameter.opts
     assert "`flask check`" in section
-    assert all(option.opts[0] in section for option in cdr_admin.check.params)
+    assert "`cdr-api setup`" in section
+    assert all(option.opts[0] in section for option in (*cdr_admin.check.params, *cdr_setup.setup.params))
 
 
 def test_every_status_is_in_the_reference() -> None:
