@@ -68,11 +68,11 @@ clean: ## all that the above made
 	rm -rf $(VENV) .demo .bench .postgresql
 
 # Before anything is installed: a sentence for what is missing, and one for what comes.
-INSTALL = command -v $(PYTHON) >/dev/null \
+INSTALL = command -v "$(PYTHON)" >/dev/null \
   || { echo "There is no $(PYTHON): install Python 3.11 or newer, or name one as in PYTHON=python3.12 make run."; exit 1; }; \
-  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-  || { echo "Python 3.11 or newer is needed, and this is $$($(PYTHON) -V 2>&1); PYTHON=python3.12 make … names another."; exit 1; }; \
-  $(PYTHON) demo/install.py $(VENV)
+  "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+  || { echo "Python 3.11 or newer is needed, and this is $$("$(PYTHON)" -V 2>&1); PYTHON=python3.12 make … names another."; exit 1; }; \
+  "$(PYTHON)" demo/install.py $(VENV)
 
 # A Python that is gone, as after an upgrade of the system, takes all that was installed along.
 GONE = $(shell [ -x $(BIN)/python ] || echo gone)

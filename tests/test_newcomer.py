@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +29,14 @@ from tests.clients import fetch
 from tests.conftest import ROOT, DatabaseMaker, answers, free_port, need, serve, wait_for
 
 pytestmark = pytest.mark.direct("runs servers of its own")
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Not pytest's, which another run of it closes to the user that PostgreSQL runs as."""
+    folder = Path(tempfile.mkdtemp(prefix="cdr-api-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 # make run ---------------------------------------------------------------------
@@ -53,6 +62,7 @@ class Demo:
     @property
     def pids(self) -> list[int]:
         """PostgreSQL, then what else it has started."""
+        assert self.process.poll() is None, self.shown.decode()
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text("ascii")
         postmaster = (self.data / "postgresql/postmaster.pid").read_text("ascii").split()[0]
         return [int(pid) for pid in (postmaster, *children.split())]
@@ -63,7 +73,10 @@ class Demo:
 
 
 def take_terminal() -> None:
+    """As a shell that people type at does; one that runs the tests in the background lets them ignore Ctrl-C."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from cdr.stream import JsonEncoder
 from tests.clients import calls_url, curl, open_stream
-from tests.conftest import Client, Database, DatabaseMaker, Gunicorn, problem, serve, wait_for
+from tests.conftest import Client, Database, DatabaseMaker, Gunicorn, need, problem, serve, wait_for
 from tests.servers import active_copies, peak_memory
 from tests.values import ANYTHING, FIXED, NASTY
 
@@ -307,6 +307,7 @@ def test_memory_does_not_grow_with_the_answer(make_database: DatabaseMaker, kind
 
 
 def test_many_readers_at_once_get_their_own_answers(large: Database, gunicorn: Gunicorn) -> None:
+    need("curl")
     tokens = {name: large.account(f"{name}.example.com") for name in ("alpha", "beta", "gamma")}
     wrong: list[str] = []
 
