@@ -29,4 +29,4 @@ it on. Each file is one subject, and imports only those before it in this list:
 demo/README.md.
 """
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"

@@ -326,10 +326,10 @@ def deadly_call(database: Database) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("deadly_call")
-def test_a_stream_that_breaks_leaves_no_file(example: Example) -> None:
-    """The answer is a 200 by then."""
+def test_a_page_that_cannot_be_read_leaves_no_file(example: Example) -> None:
+    """A page is read as a whole before it is sent. (What breaks off on the way: the cable.)"""
     said = example.fails(LARGE)
-    assert not re.search(r"\b50[0-9]\b", said), said
+    assert re.search(r"\b500\b", said) or example.program == "month.gs", said
 
 
 def test_a_busy_service_is_waited_for_as_long_as_it_says(database: Database, all_examples: list[Example]) -> None:
