@@ -237,6 +237,7 @@ class Database:
         email = email or f"user{next(self.numbers)}@example.com"
         with self.connect() as connection:
             connection.execute("SET ROLE cdr_api")
+            connection.execute("SET client_encoding = 'UTF8'")  # as the service's own
             connection.row_factory = dict_row
             row = run(
                 connection,

@@ -49,7 +49,7 @@ def test_the_limit_of_the_unit_is_read(tmp_path: Path, text: str, more: str, exp
 def test_check_compares_the_sum_with_the_shipped_unit(
     database: Database, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], mark: str
 ) -> None:
-    monkeypatch.setattr(checks, "UNIT_FILE", ROOT / "deploy/cdr-api.service")
+    monkeypatch.setattr(checks, "UNIT_FILES", [ROOT / "deploy/cdr-api.service"] * 2)
     status, lines = check(database.app(**settings))
     assert lines["memory"].startswith(mark)
     assert (status == 1) == (mark == "✗")

@@ -239,11 +239,11 @@ def test_two_domains_of_one_name_are_told_apart_by_uuid_and_the_name_takes_both_
 
 @pytest.mark.parametrize("path", ROUTE)
 def test_every_domain_that_is_not_ours_is_refused_with_the_same_bytes(world: World, path: str) -> None:
-    """Foreign ones, unknown ones, names that differ by blanks or capitals; by name and by uuid."""
+    """Foreign ones, unknown ones, names that differ by capitals or by a blank within; by name and by uuid."""
     given = [
         {"domain_name": name} for name in ("beta.example.com", "no.such.domain", "gone.example.com", "203.0.113.5")
     ]
-    given += [{"domain_name": name} for name in ("ALPHA.example.com", "alpha.example.com ", " alpha.example.com", "*")]
+    given += [{"domain_name": name} for name in ("ALPHA.example.com", "alpha .example.com", "alpha.example.com.", "*")]
     given += [{"domain_uuid": uuid} for uuid in (B, T1, X, NO_UUID)]
     for who in ("alpha", "nothing"):
         answers = [
@@ -289,7 +289,7 @@ def test_a_name_and_a_uuid_that_disagree_are_refused(world: World, path: str) ->
 
 
 @pytest.mark.parametrize("path", ROUTE)
-@pytest.mark.parametrize("text", ["", "alpha.example.com", UA[:-1], f"{UA} ", f"+{UA[1:]}", "null"])
+@pytest.mark.parametrize("text", ["", "alpha.example.com", UA[:-1], f"{UA} x", f"+{UA[1:]}", "null"])
 def test_a_domain_uuid_must_be_a_uuid(world: World, path: str, text: str) -> None:
     response = world.clients["alpha"].get(path, **ROUTE[path], domain_uuid=text)
     assert response.status_code == 422
