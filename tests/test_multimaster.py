@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -206,6 +207,8 @@ def test_accounts_move_from_beside_fusionpbx_to_a_database_of_their_own(make_dat
     assert database.client(token, app).calls()
     status, lines = check(app)
     assert status == 1
-    database.execute(lines["replication"].partition("any more: ")[2])
+    drop = re.search(r"DROP TABLE .*?;", lines["replication"])
+    assert drop
+    database.execute(drop[0])
     assert check(app)[0] == 0
     assert database.client(token, app).calls()
