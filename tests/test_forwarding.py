@@ -371,7 +371,7 @@ def test_a_file_is_what_importers_take(database: Database, make: Maker, tmp_path
     again = make("csv", str(folder))
     (tmp_path / "ledger.sqlite").unlink()
     again.run()
-    assert sorted(folder.iterdir())[: len(files)] == files, "also a new ledger takes other names"
+    assert set(folder.iterdir()) > set(files), "also a new ledger takes other names"
 
 
 def test_what_reconcile_repairs_is_handed_on(database: Database, make: Maker, tmp_path: Path) -> None:
