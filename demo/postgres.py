@@ -87,7 +87,7 @@ class PostgresServer:
         for mode in ("fast", "immediate"):  # the first fails where the disk is full
             with suppress(PostgresError):
                 if (self.data / "postmaster.pid").exists():
-                    self.run("pg_ctl", "-D", str(self.data), "-m", mode, "-t", "20", "-w", "stop")
+                    self.run("pg_ctl", "-D", str(self.data), "-m", mode, "-t", "10", "-w", "stop")
         if self.socket != self.data:
             shutil.rmtree(self.socket, ignore_errors=True)
         os.close(self.lock)
