@@ -124,6 +124,13 @@ SELECT row_to_json(found)::text AS found FROM ({query}) AS found;
 -- It is given up where it turns out not to be quick.
 BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY;
 
+-- name: forbid_sorts
+SET LOCAL enable_sort = off;
+
+-- name: plan_once
+-- Calls as_json are planned once, for all values.
+SET LOCAL plan_cache_mode = force_generic_plan;
+
 -- name: set_timeout
 SET LOCAL statement_timeout = {timeout};
 
@@ -485,13 +492,11 @@ SELECT pg_backend_pid() AS pid, indexed, epochs_indexed,
 
 -- name: set_session
 -- For as long as a connection has a server process of its own: what begin_read sets for others.
--- Calls as_json are planned once, for all values.
-SELECT set_config('enable_sort', 'off', false),
-       set_config('random_page_cost', '1.1', false),
+-- Not what would change the plans of other statements.
+SELECT set_config('random_page_cost', '1.1', false),
        set_config('row_security', 'off', false),
        set_config('DateStyle', 'ISO', false),
-       set_config('extra_float_digits', '1', false),
-       set_config('plan_cache_mode', 'force_generic_plan', false);
+       set_config('extra_float_digits', '1', false);
 
 -- name: probe_calls
 -- No row; an error where calls cannot be read.

@@ -65,7 +65,8 @@ def execute_short(
 def write_settings(service: Service, connection: PooledConnection, zone: str) -> list[bytes]:
     """The statements that set what the transaction of a short answer needs."""
     timeout = sql.Literal(min(SHORT_MILLISECONDS, service.settings.statement_timeout))
-    settings: list[sql.Composable] = [STATEMENTS["set_timeout"].format(timeout=timeout)]
+    settings: list[sql.Composable] = [STATEMENTS["forbid_sorts"], STATEMENTS["plan_once"]]
+    settings.append(STATEMENTS["set_timeout"].format(timeout=timeout))
     if zone != connection.info.parameter_status("TimeZone"):
         settings.append(STATEMENTS["set_time_zone"].format(time_zone=sql.Literal(zone)))
     if service.calls.codec:
