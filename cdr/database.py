@@ -66,7 +66,6 @@ class PooledConnection(Connection):
     home: Database  # whose pool it belongs to
     # The name of each statement that is prepared on it, by its text; None: there must be none.
     prepared: dict[str, str] | None = None
-    plans_once = False  # whether these are planned once for all values
 
     def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
         if self.watch:
@@ -177,10 +176,8 @@ class Database:
         for name in ("indexed", "epochs_indexed", "probed", "lockable", "doubled"):
             setattr(connection, name, found[name])
         is_own = found["pid"] == connection.info.backend_pid
-        # The first PostgreSQL with plan_cache_mode is 12.
-        if is_own and connection.info.server_version >= 120000:
+        if is_own:
             run(connection, "set_session")
-            connection.plans_once = True
         connection.prepared = {} if is_own else None
 
     @contextmanager

@@ -87,7 +87,8 @@ def find_short(service: Service, page: Selection, fields: tuple[str, ...], zone:
     if not page.possible or len(page.domains.uuids) != 1 or (page.may_be_followed and page.limit != size):
         return None
     with service.calls.connection() as connection:
-        if not (connection.plans_once and connection.indexed):
+        # The first PostgreSQL with plan_cache_mode is 12.
+        if connection.prepared is None or not connection.indexed or connection.info.server_version < 120000:
             return None
         connection.silence_seconds = service.settings.statement_timeout / 1000 + LOOKUP_SECONDS
         try:
