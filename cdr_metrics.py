@@ -20,6 +20,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from cdr.database import Database, run
 from cdr.errors import ApiError
 from cdr.service import Service
+from cdr.statements import STATEMENTS
 
 REQUESTS = Counter("cdr_api_requests", "Answers.", ["route", "status"])
 SECONDS = Histogram(
@@ -81,7 +82,8 @@ Found = dict[str, float]
 def read_newest_call(service: Service) -> Found:
     """By the index alone; without it this would read the whole table."""
     with service.calls.connection() as connection:
-        found = run(connection, "find_newest_call")[0]["seconds"] if connection.indexed else None
+        query = STATEMENTS["find_newest_call"].format(each_domain_uuid=STATEMENTS["each_domain_uuid"])
+        found = connection.execute(query).fetchall()[0]["seconds"] if connection.indexed else None
     return {} if found is None else {"cdr_api_newest_call_age_seconds": float(found)}
 
 

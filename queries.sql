@@ -388,9 +388,9 @@ cdr.{stamp}
    FROM v_xml_cdr AS cdr
   WHERE cdr.domain_uuid IS NULL)
 
--- name: find_strays
--- One row: the domain_uuids of calls that no domain of known has, by an index that is looked
--- into once for each.
+-- name: each_domain_uuid
+-- No statement but a table of one: found, each domain_uuid of a call and a NULL, by an index that is
+-- looked into once for each.
 WITH RECURSIVE found AS (
     (SELECT domain_uuid FROM v_xml_cdr WHERE domain_uuid IS NOT NULL ORDER BY domain_uuid LIMIT 1)
      UNION ALL
@@ -399,7 +399,12 @@ WITH RECURSIVE found AS (
       FROM found
      WHERE found.domain_uuid IS NOT NULL
 )
-SELECT coalesce(array_agg(domain_uuid::text), '{}') AS uuids
+
+-- name: find_strays
+-- One row: the domain_uuids of calls that no domain of known has, by an index that is looked
+-- into once for each.
+{each_domain_uuid}
+SELECT coalesce(array_agg(domain_uuid::text), '{{}}') AS uuids
   FROM found
  WHERE domain_uuid <> ALL(%(known)s::uuid[]);
 
@@ -1132,14 +1137,7 @@ SELECT name, text, to_char(seen_at, 'YYYY-MM-DD HH24:MI:SSTZH:TZM') AS seen_at
 -- name: find_newest_call
 -- One row: seconds since the end of the newest call that has ended (NULL: there is none), by the
 -- index on the domain and the end, which is looked into twice for each domain_uuid.
-WITH RECURSIVE found AS (
-    (SELECT domain_uuid FROM v_xml_cdr WHERE domain_uuid IS NOT NULL ORDER BY domain_uuid LIMIT 1)
-     UNION ALL
-    SELECT (SELECT cdr.domain_uuid FROM v_xml_cdr AS cdr
-             WHERE cdr.domain_uuid > found.domain_uuid ORDER BY cdr.domain_uuid LIMIT 1)
-      FROM found
-     WHERE found.domain_uuid IS NOT NULL
-)
+{each_domain_uuid}
 SELECT extract(epoch FROM now() - max(newest.end_stamp))::double precision AS seconds
   FROM found
  CROSS JOIN LATERAL (SELECT cdr.end_stamp FROM v_xml_cdr AS cdr

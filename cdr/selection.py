@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from psycopg import sql
 
-from cdr.database import PooledConnection, run
+from cdr.database import PooledConnection
 from cdr.parsing import Parser, integer_between, list_of, parse_choices, parse_flag, parse_prefix, parse_uuid
 from cdr.statements import STATEMENTS, can_hold, mogrify, show_text
 
@@ -299,7 +299,8 @@ def find_parts(connection: PooledConnection, domains: Domains) -> Domains:
     """The same domains, such that an index on domain_uuid serves them."""
     if not domains.everything:
         return domains
-    return replace(domains, strays=run(connection, "find_strays", known=list(domains.uuids))[0]["uuids"])
+    query = STATEMENTS["find_strays"].format(each_domain_uuid=STATEMENTS["each_domain_uuid"])
+    return replace(domains, strays=connection.execute(query, {"known": list(domains.uuids)}).fetchall()[0]["uuids"])
 
 
 FIRST_WINDOW = timedelta(hours=1)
