@@ -667,8 +667,10 @@ def answer_listing(
     output, columns, account = choose_format(values), dict.fromkeys(names, True), current_account()
     listed: sql.Composable = accounts.compose_listing(statement, apart=service().is_apart)
     query = escape_rows(listed, columns) if values["csv_safe"] else listed
+    parameters = {**account.domain_parameters(), **parameters}
     with service().listing(account.account_id, client()) as connection:
-        rows = copy_query(connection, query, {**account.domain_parameters(), **parameters}, output, columns)
+        connection.execute(STATEMENTS["lock_listed"].format(listed=listed), parameters)
+        rows = copy_query(connection, query, parameters, output, columns)
         stream = CallStream(service(), connection, rows, output, list(columns), calls=False)
     return answer_stream(stream, {})
 

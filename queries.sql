@@ -38,8 +38,14 @@ SET LOCAL client_encoding = {encoding}
 LOCK TABLE v_xml_cdr IN ACCESS SHARE MODE;
 
 -- name: begin_list
--- Opens the transaction of a list of something else than calls.
-BEGIN READ ONLY;
+-- Opens the transaction of a list of something else than calls, in which every statement
+-- has a snapshot of its own.
+BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY;
+
+-- name: lock_listed
+-- No row: locks what {listed} reads. COPY takes its snapshot before it locks, so a table that was
+-- being rewritten would look empty to it.
+SELECT FROM ({listed}) AS listed LIMIT 0;
 
 -- name: take_stream_slot
 -- One row: whether the account gets a slot for another long answer: one of its

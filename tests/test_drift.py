@@ -20,6 +20,7 @@ DOMAIN = "domain_name=alpha.example.com"
 RANGE = "from=2026-11-01&to=2026-11-18"
 REQUESTS: list[Request] = [
     ("GET", "/api/domains", ""),
+    ("GET", "/api/extensions", ""),
     ("GET", f"/api/calls?{DOMAIN}", ""),
     ("GET", f"/api/calls?{DOMAIN}&format=csv&limit=100&by=start", ""),
     ("GET", f"/api/call_range?{DOMAIN}&{RANGE}", ""),
@@ -31,7 +32,12 @@ REQUESTS: list[Request] = [
 
 @pytest.fixture(scope="module")
 def database(make_database: DatabaseMaker) -> Database:
-    return make_database(OLD, calls=6000)
+    made = make_database(OLD, calls=6000)
+    made.execute(
+        "INSERT INTO v_extensions (extension_uuid, domain_uuid, extension)"
+        " SELECT gen_random_uuid(), domain_uuid, '1001' FROM v_domains"
+    )
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -45,24 +51,33 @@ def gunicorn(database: Database) -> Iterator[Gunicorn]:
         yield running
 
 
+READ = {"/api/domains": ["v_domains"], "/api/extensions": ["v_domains", "v_extensions"]}
+
+
 @contextmanager
-def rewriting(database: Database) -> Iterator[None]:
-    """The table of the calls, and until a request waits for it."""
+def rewriting(database: Database, table: str = "v_xml_cdr") -> Iterator[None]:
+    """A table, and until a request waits for it."""
     waiting = "SELECT pid FROM pg_stat_activity WHERE datname = %s AND wait_event_type = 'Lock'"
     with database.connect() as connection, connection.transaction():
-        connection.execute("ALTER TABLE v_xml_cdr ALTER waitsec TYPE numeric USING waitsec + 0")
+        connection.execute(f"ALTER TABLE {table} ADD rewritten timestamptz DEFAULT clock_timestamp()")
+        connection.execute(f"ALTER TABLE {table} DROP rewritten")
         yield
         wait_for(lambda: database.execute(waiting, [database.name]))
 
 
-@pytest.mark.parametrize("request_", REQUESTS[1:], ids=lambda request: request[1][5:40])
+@pytest.mark.parametrize(
+    ("request_", "table"),
+    [(request, table) for request in REQUESTS for table in READ.get(request[1], ["v_xml_cdr"])],
+    ids=lambda value: value if isinstance(value, str) else value[1][5:40],
+)
 def test_a_table_that_was_being_rewritten_does_not_look_empty(
-    database: Database, gunicorn: Gunicorn, token: str, request_: Request
+    database: Database, gunicorn: Gunicorn, token: str, request_: Request, table: str
 ) -> None:
     """As it does to every snapshot from before the end of ALTER TABLE."""
     expected = ask(gunicorn, token, request_).text
+    assert demo.DOMAINS[0] in expected
     with ThreadPoolExecutor() as pool:
-        with rewriting(database):
+        with rewriting(database, table):
             future = pool.submit(ask, gunicorn, token, request_)
         assert future.result().text == expected
 
