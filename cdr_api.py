@@ -707,7 +707,7 @@ def call_feed() -> Response:
     more_waiting = "true" if window.may_be_continued(key) else "false"
     headers = {"X-Next-Cursor": text, "X-More-Waiting": more_waiting, **link("cursor", text)}
     if is_known:
-        headers["X-Complete-Through"] = following.through
+        headers["X-Complete-Through"] = following.complete or following.through
     return answer_stream(stream, headers)
 
 

@@ -427,9 +427,13 @@ SELECT coalesce(array_agg(domain_uuid::text), '{{}}') AS uuids
 
 -- name: written
 -- No statement but a condition of the feed: only what transactions in [low, high) wrote
--- (32 bits of their ids as text); low NULL: in all but those from high on.
+-- (32 bits of their ids as text), or in [deep, high) of what ended before a boundary, if there is one;
+-- low NULL: in all but those from high on.
   AND CASE WHEN %(low)s::text IS NULL
          THEN age(cdr.written_by) NOT BETWEEN 0 AND age(%(high)s::text::xid)
+         WHEN %(boundary)s::timestamptz IS NOT NULL
+          AND {end_at} < %(boundary)s::timestamptz AND {end_at} > '-infinity'
+         THEN age(cdr.written_by) <= age(%(deep)s::text::xid) AND age(cdr.written_by) > age(%(high)s::text::xid)
          ELSE age(cdr.written_by) <= age(%(low)s::text::xid) AND age(cdr.written_by) > age(%(high)s::text::xid) END
 
 -- name: copy_json

@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,7 +63,8 @@ class Site:
     def __init__(self, server: demo.PostgresServer, name: str, **settings: str) -> None:
         self.connection = demo.connect(server, name)
         own = {"CDR_API_DSN": demo.service_dsn(server, name), "CDR_API_REGISTER_DOMAINS": DOMAINS[0]}
-        self.app = create_app({**own, "CDR_API_REGISTRATION": "open", "CDR_API_SYSLOG": "off", **settings})
+        self.settings = {**own, "CDR_API_REGISTRATION": "open", "CDR_API_SYSLOG": "off", **settings}
+        self.app = create_app(self.settings)
         self.client = self.app.test_client()
         self.connection.execute(
             "DELETE FROM v_domains WHERE domain_name LIKE 'other-%'; DROP INDEX IF EXISTS cdr_api_domains"
@@ -70,6 +72,15 @@ class Site:
         self.connection.execute("DELETE FROM cdr_api.attempts; DELETE FROM cdr_api.accounts")
         self.tokens = {name: self.register(name) for name in ("one", "half", "all")}
         self.connection.execute(GRANT)
+
+    @contextmanager
+    def with_settings(self, **settings: str) -> Iterator[None]:
+        """Another service on the same database, within the block."""
+        client, other = self.client, create_app(self.settings | settings)
+        self.client = other.test_client()
+        yield
+        self.client = client
+        other.extensions["cdr_api"].close()
 
     def register(self, name: str) -> str:
         person = {"name": name, "email": f"{name}-{time.time_ns()}@example.com", "password": PASSWORD}
@@ -145,13 +156,16 @@ class Poller:
 
 
 def measure_polls(site: Site) -> Iterator[str]:
-    """Polls that find nothing: free where no transaction has ended, else by the calls of the look-back."""
+    """Polls that find nothing: free where nothing was written, else by the calls of the look-back or of some hours."""
     poll = Poller(site, "all")
     free = site.measure(poll)
     yield f"| a poll, when nothing was written | {free.show(free.total)}"
     site.connection.execute("SELECT txid_current()")
     cost = site.measure(partial(site.get, "all", "/api/call_feed", cursor=poll.cursor))
     yield f"| a poll, when something else was written | {cost.show(free.total)}"
+    with site.with_settings(CDR_API_SWEEP_SECONDS="86400"):
+        cost = site.measure(partial(site.get, "all", "/api/call_feed", cursor=poll.cursor))
+    yield f"| the same between two sweeps | {cost.show(free.total)}"
 
 
 def measure_domains(site: Site, numbers: Sequence[int]) -> Iterator[str]:

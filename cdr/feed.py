@@ -23,6 +23,8 @@ FEED_VERSION = 2
 OLDEST_CURSOR = 2**31 - 10_000_000
 # So many names a cursor tells apart; of more it knows only whether they are others now.
 MOST_NAMES = 200
+# What ended so long before a sweep is left to the next one.
+SHALLOW = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,12 @@ class FeedCursor:
     by an upgrade that rewrites the table. floor is that since, with the id of the
     next transaction when the last page was read: it holds until the horizon has
     reached that id.
+
+    With CDR_API_SWEEP_SECONDS most polls are shallow: of what transactions in [low, high)
+    wrote they deliver what ended at the boundary (find_boundary) or later. The rest waits
+    for a sweep, which delivers of what ended before it all that those in [deep, high) wrote.
+    The boundary changes only at a sweep, behind which nothing waits: so each row, whose
+    writer and end never change, is in one window of one of the two.
     """
 
     version: int
@@ -54,12 +62,28 @@ class FeedCursor:
     low: int | None  # None: everything below high
     since: str
     taken: str
-    through: str  # everything stored up to here has been delivered
+    through: str  # everything stored up to here has been delivered, but for what waits for a sweep
     pending: tuple[str, int] | None = None  # an instant, and the next transaction's id then
     floor: tuple[str, int] | None = None
     high: int | None = None
     key: Key | None = None
     width: float | None = None  # seconds between the first and the last call of the page before
+    shallow: bool = False  # whether the window leaves something to a sweep
+    deep: int | None = (
+        None  # what ended before the boundary has been delivered as far as transactions below this wrote it
+    )
+    swept: str | None = None  # the taken of the last sweep
+    complete: str | None = None  # the through of the last sweep
+
+    @property
+    def boundary(self) -> datetime | None:
+        """What ended before it a shallow poll leaves; None: nothing."""
+        return datetime.fromisoformat(self.swept) - SHALLOW if self.swept else None
+
+    @property
+    def lowest(self) -> int | None:
+        """No transaction below it wrote anything that the window has; None: any may have."""
+        return self.low if self.shallow or self.deep is None else self.deep
 
 
 @dataclass(frozen=True)
@@ -161,7 +185,8 @@ def check_history(connection: Connection, cursor: FeedCursor, snapshot: Mapping[
         if snapshot["in_recovery"]:
             raise unavailable("This standby is behind the cursor: try again soon.")
         gone(cursor.since, "This cursor is ahead of the database, as after the restore of a backup")
-    if snapshot["horizon"] - (cursor.low or cursor.high or 0) > OLDEST_CURSOR:
+    oldest = min(xid for xid in (cursor.deep, cursor.low, cursor.high, snapshot["horizon"]) if xid is not None)
+    if snapshot["horizon"] - oldest > OLDEST_CURSOR:
         gone(cursor.since, "This cursor is too old")
 
 
@@ -219,15 +244,29 @@ class Window:
     def parts(self, limit: int | None) -> list[Selection]:
         """The selection of each statement that answers the poll."""
         cursor = self.cursor
-        since, low = datetime.fromisoformat(cursor.since), None
-        if cursor.low is not None:
-            # No later than the clocks of today allow: one may have been wrong when the cursor was made.
-            since = min(since, min(self.snapshot["now"], datetime.now(UTC)) - self.lookback)
-            low = str(cursor.low % 2**32)
-        written = replace(self.selection.ending_since(since), low=low, high=str((cursor.high or 0) % 2**32))
-        if cursor.low == cursor.high:  # no transaction has ended meanwhile: nothing needs to be looked at
+        written = replace(
+            self.selection.ending_since(self.since),
+            low=show_xid(cursor.low),
+            high=show_xid(cursor.high),
+            deep=show_xid(cursor.lowest),
+            boundary=cursor.boundary,
+        )
+        if cursor.lowest == cursor.high:  # no transaction has ended meanwhile: nothing needs to be looked at
             written = replace(written, possible=False, domains=Domains())
         return written.parts(cursor.key and (cursor.key[0], cursor.key[1]), limit)
+
+    @property
+    def since(self) -> datetime:
+        """From which ends on the poll looks."""
+        cursor = self.cursor
+        if cursor.shallow and cursor.boundary:
+            return cursor.boundary
+        since = datetime.fromisoformat(cursor.since)
+        if cursor.low is None:
+            return since
+        # No later than the clocks of today allow: one may have been wrong when the cursor was made.
+        now: datetime = min(self.snapshot["now"], datetime.now(UTC))
+        return min(since, now - self.lookback)
 
     @property
     def page_before(self) -> timedelta | None:
@@ -253,31 +292,39 @@ class Window:
         if key:
             return replace(cursor, key=key, width=find_width(cursor.key[0] if cursor.key else None, key[0]))
         high, later = cursor.high or 0, self.snapshot["next"]
-        through, pending, floor = cursor.through, cursor.pending, cursor.floor
+        through, pending = cursor.through, cursor.pending
         if pending and high >= pending[1]:
             through, pending = pending[0], None
         if high >= later:
             through, pending = cursor.taken, None
         elif pending is None:
             pending = (cursor.taken, later)
+        following = replace(cursor, low=high, high=None, key=None, width=None, through=through, pending=pending)
+        return replace(following, shallow=False) if cursor.shallow else self.swept(following)
+
+    def swept(self, following: FeedCursor) -> FeedCursor:
+        """The cursor of the next poll, where nothing waits for a sweep."""
+        cursor, floor, later = self.cursor, self.cursor.floor, self.snapshot["next"]
         if cursor.key or cursor.low is None:
             floor = (cursor.since, later)
-        elif floor and high >= floor[1]:
+        elif floor and (following.low or 0) >= floor[1]:
             floor = None
-        instants = [through] if cursor.low is None else [through, cursor.through]
+        instants = [following.through] if cursor.low is None else [following.through, cursor.complete or cursor.through]
         since = clamp(lambda: min(map(datetime.fromisoformat, instants)) - self.lookback, EARLIEST)
         since = min(since, datetime.fromisoformat(floor[0])) if floor else since
         return replace(
-            cursor,
-            low=high,
-            high=None,
-            key=None,
-            width=None,
+            following,
             since=since.isoformat(),
-            through=through,
-            pending=pending,
             floor=floor,
+            deep=following.low,
+            swept=cursor.taken,
+            complete=following.through,
         )
+
+
+def show_xid(xid: int | None) -> str | None:
+    """The 32 bits of a transaction's id that rows keep."""
+    return None if xid is None else str(xid % 2**32)
 
 
 def find_taken(connection: Connection, snapshot: Mapping[str, Any], tables: Mapping[str, Any]) -> datetime | None:
@@ -319,6 +366,7 @@ def read_window(
         cursor = first_cursor(account, selection, snapshot, since, min(since, taken or since))
     if cursor.high is None:  # else it is in the middle of a window
         cursor = open_window(cursor, selection, horizon, tables["root"], taken.isoformat() if taken else cursor.through)
+        cursor = replace(cursor, shallow=is_shallow(cursor, service.settings.sweep_seconds))
     return Window(cursor, selection, snapshot, timedelta(days=service.settings.lookback_days)), taken is not None
 
 
@@ -334,6 +382,14 @@ def open_window(cursor: FeedCursor, selection: Selection, horizon: Horizon, tabl
         names=find_marks(selection.domains),
         table=table,
     )
+
+
+def is_shallow(cursor: FeedCursor, seconds: int) -> bool:
+    """Whether the poll may leave something to a sweep: one was made less than so many seconds ago."""
+    if cursor.low is None or cursor.swept is None:
+        return False
+    age = datetime.fromisoformat(cursor.taken) - datetime.fromisoformat(cursor.swept)
+    return timedelta() <= age < timedelta(seconds=seconds)
 
 
 def choose_horizon(horizon: Horizon, snapshot: Mapping[str, Any]) -> Horizon:

@@ -162,6 +162,8 @@ class Selection:
     uuids: Sequence[str] | None = None
     low: str | None = None  # of the transactions that wrote the calls, see written
     high: str | None = None
+    deep: str | None = None  # in the place of low for what ended before boundary
+    boundary: datetime | None = None
     possible: bool = True
     zone: str = "UTC"  # the service's, of stamps without one, as 4.x has
     limit: int | None = None
@@ -284,6 +286,8 @@ class Selection:
             "uuids": None if self.uuids is None else list(self.uuids),
             "low": self.low,
             "high": self.high,
+            "deep": self.deep,
+            "boundary": self.boundary and self.boundary.isoformat(),
             "limit": self.limit,
         }
 
@@ -358,15 +362,17 @@ def compose_direction(source: Source) -> sql.SQL:
 def compose_matching(source: Source) -> sql.Composed:
     """matching_calls for a source."""
     columns = sql.SQL("cdr.*, cdr.xmin AS written_by" if source.feed else "cdr.*")
-    written: sql.Composable = STATEMENTS["written"] if source.feed else sql.SQL("")
     in_order = STATEMENTS["in_order"].format(backwards=compose_direction(source))
     order = sql.SQL("\n") + in_order if source.ordered else sql.SQL("")
     more = [sql.SQL("\n") + STATEMENTS[name] for name in source.conditions]
     own_calls: sql.Composable = STATEMENTS[source.own_calls].format(columns=columns, order=order)
+    instants = {f"{name}_at": compose_instant(name, zoned=source.zoned) for name in ("start", "answer", "end")}
+    written: sql.Composable = sql.SQL("")
+    if source.feed:
+        written = STATEMENTS["written"].format(end_at=instants["end_at"])
     if source.distinct:
         own_calls = STATEMENTS["distinct_calls"].format(own_calls=own_calls, written=written)
         written = sql.SQL("")
-    instants = {f"{name}_at": compose_instant(name, zoned=source.zoned) for name in ("start", "answer", "end")}
     end_is_zoned = sql.SQL("true") if source.zoned else compose_moment("zoned", "end")
     return STATEMENTS["matching_calls"].format(
         own_calls=own_calls, written=written, more=sql.SQL("").join(more), end_is_zoned=end_is_zoned, **instants

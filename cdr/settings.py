@@ -68,6 +68,7 @@ class Settings:
     pool_timeout: int = field(default=5_000, metadata={"parse": parse_milliseconds})
     workers: int = field(default=os.cpu_count() or 1, metadata={"parse": integer_between(1, 256)})
     lookback_days: int = field(default=45, metadata={"parse": integer_between(1, 3650)})
+    sweep_seconds: int = field(default=0, metadata={"parse": integer_between(0, 86_400)})
     threads: int = field(default=8, metadata={"parse": integer_between(1, 256)})
     rate: int = field(default=0, metadata={"parse": integer_between(0, 10**6)})  # requests a minute; 0: no limit
     account_streams: int = field(default=8, metadata={"parse": integer_between(1, 256)})

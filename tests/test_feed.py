@@ -224,6 +224,7 @@ def forge(client: Client, cursor: str, **changes: Any) -> str:
         pytest.param({"cluster": "1"}, id="another cluster"),
         pytest.param({"low": 2**40}, id="ahead of the database, as after a restore"),
         pytest.param({"low": -(2**31)}, id="too old"),
+        pytest.param({"deep": -(2**31)}, id="too long without a sweep"),
         pytest.param({"version": 0}, id="another version"),
     ],
 )

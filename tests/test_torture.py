@@ -79,6 +79,7 @@ class Book:
     survivors: int = 0  # transactions that were prepared before a crash, and still are
     over: threading.Event = field(default_factory=threading.Event)  # writers stop
     settled: threading.Event = field(default_factory=threading.Event)  # nothing is open or prepared any more
+    end: float = 0  # when it was settled, in epoch seconds
 
     def doubt(self, calls: Iterable[Call]) -> None:
         self.doubtful.update({call.uuid: call for call in calls})
@@ -255,20 +256,17 @@ class Poller:
     failures: int = 0
 
     def run(self, book: Book) -> None:
-        """Polls until all is over and two answers in a row were empty."""
-        empty = 0
-        while empty < 2:
+        """Polls until all is over, and the feed vouches for having delivered it."""
+        while not (book.settled.is_set() and self.through > book.end):
             assert time.monotonic() < book.deadline, "the feed did not come to an end in time"
-            settled = book.settled.is_set()
             try:
-                calls = self.poll()
-                empty = empty + 1 if settled and not calls else 0
+                self.poll()
             except PollError:
                 self.failures += 1
             time.sleep(random.uniform(0, 0.05))
 
-    def poll(self) -> int:
-        """Asks once, and keeps what came; how many calls that was."""
+    def poll(self) -> None:
+        """Asks once, and keeps what came."""
         since = (datetime.now(UTC) - timedelta(days=self.days)).isoformat()
         place = {"cursor": self.cursor} if self.cursor else {"from": since}
         body, headers = self.get("/api/call_feed?" + urlencode(self.query | place))
@@ -283,7 +281,6 @@ class Poller:
         if not (self.forgetful and random.random() < 0.2):
             self.cursor = headers["X-Next-Cursor"]
         self.through = max(self.through, datetime.fromisoformat(headers["X-Complete-Through"]).timestamp())
-        return len(calls)
 
     def get(self, path: str) -> tuple[bytes, dict[str, str]]:
         """A whole answer with 200; PollError for one to ask again for."""
@@ -300,12 +297,17 @@ class Poller:
         return body, dict(response.headers)
 
 
-def make_pollers(node: Node, url: str, *, forgetful: bool = False) -> list[Poller]:
+def make_pollers(node: Node, *urls: str, forgetful: bool = False) -> list[Poller]:
+    """Three of each service."""
+    with node.connect() as connection:
+        demo.add_domain(connection, "delta.example.com")
+    return [poller for url in urls for poller in pollers_of(node, url, forgetful=forgetful)]
+
+
+def pollers_of(node: Node, url: str, *, forgetful: bool) -> list[Poller]:
     """The second begins with a recent from, before anything is stored: what ended earlier comes as it is stored."""
     alpha, beta, gamma = demo.DOMAINS
-    with node.connect() as connection:
-        (uuid_of_alpha,) = connection.execute("SELECT md5('domain ' || %s)::uuid::text", [alpha]).fetchall()[0]
-        demo.add_domain(connection, "delta.example.com")
+    uuid_of_alpha = node.value(f"SELECT md5('domain {alpha}')::uuid::text")
     pollers = [
         Poller(url, make_token(node), {"fields": "xml_cdr_uuid"}, lambda call: True),
         Poller(
@@ -325,6 +327,9 @@ def make_pollers(node: Node, url: str, *, forgetful: bool = False) -> list[Polle
     pollers[1].poll()
     pollers[1].forgetful = forgetful
     return pollers
+
+
+SWEEPING = {"CDR_API_SWEEP_SECONDS": "2"}
 
 
 # The play ---------------------------------------------------------------------
@@ -360,6 +365,7 @@ def settle(book: Book, node: Node, working: Iterable[Future[None]]) -> None:
         row = connection.execute("SELECT txid_current()").fetchone()
     # Not even an autovacuum that began before may hold the horizon back.
     wait_for(lambda: node.value(f"SELECT txid_snapshot_xmin(txid_current_snapshot()) > {row and row[0]}"), 60)
+    book.end = time.time()
     book.settled.set()
 
 
@@ -443,8 +449,8 @@ def test_the_feed_delivers_every_call_through_crashes_and_rewrites(node: Node) -
         lambda: survive(book, node, lambda: kill(node)),
     ]
     mass_update = "UPDATE v_xml_cdr SET billsec = billsec + 1"
-    with serve(node.dsn("cdr_api")) as gunicorn:
-        pollers = make_pollers(node, gunicorn.url, forgetful=True)
+    with serve(node.dsn("cdr_api")) as plain, serve(node.dsn("cdr_api"), **SWEEPING) as sweeping:
+        pollers = make_pollers(node, plain.url, sweeping.url, forgetful=True)
         with play(book, works, pollers) as working:
             act(book, SECONDS, lambda: persist(book, mass_update), *scenes * ROUNDS)
             settle(book, node, working)
@@ -455,8 +461,8 @@ def test_the_feed_delivers_every_call_through_crashes_and_rewrites(node: Node) -
 def test_no_call_is_delivered_twice_when_none_is_changed(node: Node) -> None:
     book = new_book(node, LESS)
     works = [*[write] * WRITERS, end_prepared]
-    with serve(node.dsn("cdr_api")) as gunicorn:
-        pollers = make_pollers(node, gunicorn.url)
+    with serve(node.dsn("cdr_api")) as plain, serve(node.dsn("cdr_api"), **SWEEPING) as sweeping:
+        pollers = make_pollers(node, plain.url, sweeping.url)
         with play(book, works, pollers) as working:
             act(book, LESS, *(lambda fall=fall: survive(book, node, fall) for fall in (node.crash, lambda: kill(node))))
             settle(book, node, working)
@@ -477,8 +483,8 @@ def test_the_feed_of_a_standby_goes_on_after_its_promotion(node: Node) -> None:
     works = [*[write] * 16, end_prepared]
     with (
         standby_of(node) as standby,
-        serve(node.dsn("cdr_api"), CDR_API_CALLS_DSN=standby.dsn("cdr_api")) as before,
-        serve(standby.dsn("cdr_api")) as after,
+        serve(node.dsn("cdr_api"), CDR_API_CALLS_DSN=standby.dsn("cdr_api"), **SWEEPING) as before,
+        serve(standby.dsn("cdr_api"), **SWEEPING) as after,
     ):
         pollers = make_pollers(node, before.url)
         with play(book, works, pollers) as working:
