@@ -15,7 +15,7 @@ from cdr import __version__
 from cdr.settings import ENVIRONMENT_FILE, SettingError, read_environment
 from cdr_admin import check, token, user
 from cdr_api import create_app
-from cdr_setup import setup
+from cdr_setup.setup import setup
 
 
 def load_app() -> Flask:

@@ -33,7 +33,8 @@ from cdr.accounts import email_key, new_token
 from cdr.database import run
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("cdr/**/*.py"))]  # the program's
+PLACES = ("*.py", "cdr/*.py", "cdr_setup/*.py")
+SOURCES = [file for place in PLACES for file in sorted(ROOT.glob(place))]  # of the program
 # Debian keeps it where only root's PATH leads.
 PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin") or ""
 UNTIL = 1_795_000_000  # 2026-11-18T11:06:40Z, when the last invented call ended

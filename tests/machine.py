@@ -272,6 +272,7 @@ def make_release(machine: Machine, tag: str) -> None:
         ROOT / "Makefile",
         ROOT / "demo/install.py",
         *ROOT.glob("cdr/**/*.py"),
+        *ROOT.glob("cdr_setup/*.py"),
         *ROOT.glob("deploy/*"),
     ]:
         # In a worktree .git is a file, which would make the repository's commits those of the real one.

@@ -19,11 +19,11 @@ import pytest
 
 import cdr_admin
 import cdr_api
-import cdr_setup
 import demo
 from cdr.check_calls import EPOCH_INDEX, RANGE_INDEX
 from cdr.selection import FIELDS
 from cdr.settings import Settings
+from cdr_setup.setup import setup
 from demo.__main__ import show_lines
 from tests.conftest import ROOT, SOURCES, Database, DatabaseMaker, Gunicorn, answers, free_port, need, serve, wait_for
 from tests.documents import API, BILLING, DEPLOYMENT, DOCUMENTS, ERRORS, README, read_section, shape
@@ -174,7 +174,7 @@ def test_every_command_is_in_the_reference() -> None:
                     assert parameter.opts[0] in section, parameter.opts
     assert "`flask check`" in section
     assert "`cdr-api setup`" in section
-    assert all(option.opts[0] in section for option in (*cdr_admin.check.params, *cdr_setup.setup.params))
+    assert all(option.opts[0] in section for option in (*cdr_admin.check.params, *setup.params))
 
 
 def test_every_status_is_in_the_reference() -> None:

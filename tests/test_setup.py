@@ -13,8 +13,8 @@ from pathlib import Path
 import click
 import pytest
 
-from cdr_fusionpbx import FusionPbx, read_fusionpbx
-from cdr_nginx import INCLUDE, add_include, has_include, remove_include
+from cdr_setup.fusionpbx import FusionPbx, read_fusionpbx
+from cdr_setup.nginx import INCLUDE, add_include, has_include, remove_include
 from tests.conftest import wait_for
 from tests.machine import (
     Machine,

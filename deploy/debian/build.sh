@@ -30,7 +30,7 @@ put() { install -D -m "$1" "$2" "$3"; }  # mode, file, place
 # The program.
 mkdir -p "$opt"
 cd "$here"
-for name in ./*.py cdr pages deploy docs bench/README.md queries.sql schema.sql openapi.json ./*.md; do
+for name in ./*.py cdr cdr_setup pages deploy docs bench/README.md queries.sql schema.sql openapi.json ./*.md; do
   find "$name" -type f ! -path '*/__pycache__/*' ! -path 'deploy/debian/*' ! -path '*/vendor/fetch.sh' |
     while read -r file; do put 0644 "$here/$file" "$opt/$file"; done
 done

@@ -21,11 +21,11 @@ from cdr.database import Connection, codec_of, connect, encrypt_password, run
 from cdr.remedies import SCHEMA_FILE, Place, explain_failure
 from cdr.settings import ENVIRONMENT_FILE, SettingError, Settings, read_environment
 from cdr.statements import STATEMENTS, show_name
-from cdr_fusionpbx import Failure, FusionPbx, Login, find_superuser, read_fusionpbx
+from cdr_setup.fusionpbx import Failure, FusionPbx, Login, find_superuser, read_fusionpbx
 
 ROOT_UID = 0
 SERVICE_USER = "cdr-api"
-TEMPLATE = Path(__file__).parent / "deploy/env"
+TEMPLATE = Path(__file__).parent.parent / "deploy/env"
 APART = "cdr_api"  # a database for the side tables alone
 NOT_THERE = (psycopg.OperationalError, psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName)
 

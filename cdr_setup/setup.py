@@ -24,7 +24,6 @@ from urllib.parse import quote
 import click
 import psycopg
 
-import cdr_nginx
 from cdr import accounts
 from cdr.check import run_checks
 from cdr.database import run
@@ -32,8 +31,8 @@ from cdr.passwords import hash_password
 from cdr.settings import ENVIRONMENT_FILE, SettingError, read_environment
 from cdr_admin import change_grants, print_findings, transaction
 from cdr_api import create_app
-from cdr_fusionpbx import Failure, acting_as
-from cdr_setup_database import (
+from cdr_setup import nginx
+from cdr_setup.database import (
     ROOT_UID,
     SERVICE_USER,
     TEMPLATE,
@@ -45,6 +44,7 @@ from cdr_setup_database import (
     run_schema,
     write_settings,
 )
+from cdr_setup.fusionpbx import Failure, acting_as
 
 SERVICE_SOCKET = "/run/cdr-api/socket"
 JOURNAL = "journalctl -u cdr-api -n 20 --no-pager"
@@ -101,8 +101,8 @@ def is_healthy() -> bool:
 
 
 def start_service(_site: Site) -> None:
-    if path := find_unreadable(Path(__file__).parent):
-        raise Failure(f"the service may not read {path}", f"chmod -R a+rX {Path(__file__).parent}")
+    if path := find_unreadable(Path(__file__).parent.parent):
+        raise Failure(f"the service may not read {path}", f"chmod -R a+rX {Path(__file__).parent.parent}")
     systemctl("daemon-reload")
     systemctl("enable", "cdr-api")
     systemctl("restart", "cdr-api")
@@ -130,18 +130,18 @@ def is_enabled() -> bool:
 def install_front(way: str) -> None:
     if not shutil.which("nginx"):
         raise Failure("nginx is not installed", "apt install nginx  # or: cdr-api setup --nginx none")
-    site = cdr_nginx.FUSIONPBX_SITE
-    if way == "path" and not (site.is_file() and cdr_nginx.add_include(site.read_text("utf-8"))):
+    site = nginx.FUSIONPBX_SITE
+    if way == "path" and not (site.is_file() and nginx.add_include(site.read_text("utf-8"))):
         raise Failure(f"{site} has no server that listens with ssl", "cdr-api setup --nginx port")
     with explain_nginx():
-        cdr_nginx.install(way)
+        nginx.install(way)
 
 
 @contextlib.contextmanager
 def explain_nginx() -> Iterator[None]:
     try:
         yield
-    except cdr_nginx.NginxError as error:
+    except nginx.NginxError as error:
         raise Failure(f"nginx refuses its files, and goes on with those it had:\n{error}", "nginx -t") from None
     except subprocess.CalledProcessError as error:
         raise Failure(f"nginx cannot be reloaded: {error.stderr.strip()}", "systemctl status nginx") from None
@@ -168,11 +168,11 @@ def make_account(site: Site, answers: Answers) -> None:
 
 def print_first_call(site: Site, answers: Answers) -> None:
     """What a shell on this machine needs for yesterday's calls."""
-    port = cdr_nginx.find_port()
-    host = answers.host or cdr_nginx.find_host(port)
-    if not cdr_nginx.wait_for_health(host, port):
+    port = nginx.find_port()
+    host = answers.host or nginx.find_host(port)
+    if not nginx.wait_for_health(host, port):
         raise Failure(f"nginx does not lead to the service on port {port}", f"tail /var/log/nginx/error.log; {JOURNAL}")
-    options = cdr_nginx.curl_options(host, port)
+    options = nginx.curl_options(host, port)
     if "--insecure" in options:
         click.echo("! nginx's certificate is not one that clients believe: get one before tokens cross the internet.")
     click.echo("\nYesterday's calls, as the billing system asks for them; the token is shown only this once:\n")
@@ -189,7 +189,7 @@ def print_first_call(site: Site, answers: Answers) -> None:
 
 def remove_front(_site: Site) -> None:
     with explain_nginx():
-        cdr_nginx.remove()
+        nginx.remove()
 
 
 def stop_service(_site: Site) -> None:
@@ -198,7 +198,7 @@ def stop_service(_site: Site) -> None:
 
 def reset_settings(_site: Site) -> None:
     """As the package installed them; without the package the file goes."""
-    if cdr_nginx.PACKAGE.exists():
+    if nginx.PACKAGE.exists():
         write_settings(TEMPLATE.read_text("utf-8"))
     else:
         ENVIRONMENT_FILE.unlink(missing_ok=True)
@@ -209,7 +209,7 @@ def reset_settings(_site: Site) -> None:
 def is_reset() -> bool:
     if not ENVIRONMENT_FILE.exists():
         return True
-    return cdr_nginx.PACKAGE.exists() and ENVIRONMENT_FILE.read_text("utf-8") == TEMPLATE.read_text("utf-8")
+    return nginx.PACKAGE.exists() and ENVIRONMENT_FILE.read_text("utf-8") == TEMPLATE.read_text("utf-8")
 
 
 # The command ------------------------------------------------------------------
@@ -217,7 +217,7 @@ def is_reset() -> bool:
 
 def ask(site: Site, answers: Answers) -> Answers:
     """What options left open: the way through nginx, and the first account if there is none yet."""
-    way = answers.way or cdr_nginx.find_way()
+    way = answers.way or nginx.find_way()
     if not way:
         click.echo("Through nginx: path (FusionPBX's own server, port 443), port (one of its own, 8443), or none.")
         way = click.prompt("Which way", type=click.Choice(WAYS), default="path")
@@ -236,8 +236,8 @@ def plan_setup(site: Site, answers: Answers) -> list[Step]:
     mb, reason, apart = site.examine()["mb"], site.why_no_login(), site.find_apart()
     made = f"role cdr_api, {'database ' + apart if apart else 'schema cdr_api'}"
     way = answers.way or "path"
-    include = f"add one line to {cdr_nginx.FUSIONPBX_SITE}, {cdr_nginx.INCLUDE}"
-    front = include if way == "path" else f"let nginx serve on port {cdr_nginx.OWN_PORT}"
+    include = f"add one line to {nginx.FUSIONPBX_SITE}, {nginx.INCLUDE}"
+    front = include if way == "path" else f"let nginx serve on port {nginx.OWN_PORT}"
     who = f"{answers.email or 'the billing system'}, which reads {', '.join(answers.domains) or 'the domains you name'}"
     steps = [
         Step(f"run schema.sql: {made}, the right to read v_xml_cdr and v_domains", run_schema),
@@ -250,7 +250,7 @@ def plan_setup(site: Site, answers: Answers) -> list[Step]:
         Step("start the service, now and with the machine", start_service, done=not reason and is_healthy()),
     ]
     if way != "none":
-        install = Step(f"{front}, and reload it", lambda _site: install_front(way), done=cdr_nginx.find_way() == way)
+        install = Step(f"{front}, and reload it", lambda _site: install_front(way), done=nginx.find_way() == way)
         steps.append(install)
     done = site.has_accounts() and not answers.email
     steps.append(Step(f"make an account for {who}, and a token", lambda site: make_account(site, answers), done=done))
@@ -260,7 +260,7 @@ def plan_setup(site: Site, answers: Answers) -> list[Step]:
 def plan_undo(site: Site) -> list[Step]:
     found = site.examine()
     nothing = found["may_log_in"] is None and not found["has_schema"] and not found["has_index"]
-    front = cdr_nginx.find_way() is None and (cdr_nginx.PACKAGE.exists() or not cdr_nginx.has_files())
+    front = nginx.find_way() is None and (nginx.PACKAGE.exists() or not nginx.has_files())
     return [
         Step("take our files and our line out of nginx's, and reload it", remove_front, done=front),
         Step("stop the service for good", stop_service, done=not is_enabled()),

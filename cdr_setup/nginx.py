@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 FUSIONPBX_SITE = Path("/etc/nginx/sites-available/fusionpbx")
 OWN_SITE = Path("/etc/nginx/sites-available/cdr-api")
 OWN_LINK = Path("/etc/nginx/sites-enabled/cdr-api")
