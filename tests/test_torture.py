@@ -7,6 +7,7 @@ make torture says 600); the next two tests take less. pytest -s shows the counts
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import threading
@@ -69,7 +70,7 @@ class Book:
     """
 
     dsn: str  # whom the writers write to
-    deadline: float
+    deadline: float = math.inf  # of the pollers, by time.monotonic(); known when nothing is written any more
     committed: dict[str, Call] = field(default_factory=dict)
     undone: dict[str, Call] = field(default_factory=dict)
     doubtful: dict[str, Call] = field(default_factory=dict)  # the answer to COMMIT was lost, or is still to come
@@ -365,7 +366,7 @@ def settle(book: Book, node: Node, working: Iterable[Future[None]]) -> None:
         row = connection.execute("SELECT txid_current()").fetchone()
     # Not even an autovacuum that began before may hold the horizon back.
     wait_for(lambda: node.value(f"SELECT txid_snapshot_xmin(txid_current_snapshot()) > {row and row[0]}"), 60)
-    book.end = time.time()
+    book.end, book.deadline = time.time(), time.monotonic() + 180
     book.settled.set()
 
 
@@ -415,10 +416,6 @@ def report(poller: Poller, committed: dict[str, Call], deleted: set[str], *, onc
     return {kind: found[:5] for kind, found in kinds.items() if found}
 
 
-def new_book(node: Node, seconds: float) -> Book:
-    return Book(node.dsn(), time.monotonic() + seconds + 180)
-
-
 def kill(node: Node) -> None:
     node.kill()
     node.recover()
@@ -441,7 +438,7 @@ def act(book: Book, seconds: float, *scenes: Callable[[], None]) -> None:
 
 @pytest.mark.direct("runs a server of its own, which crashes")
 def test_the_feed_delivers_every_call_through_crashes_and_rewrites(node: Node) -> None:
-    book = new_book(node, SECONDS)
+    book = Book(node.dsn())
     works = [*[write] * WRITERS, end_prepared, disturb, change_domains]
     scenes = [
         lambda: survive(book, node, node.crash),
@@ -459,7 +456,7 @@ def test_the_feed_delivers_every_call_through_crashes_and_rewrites(node: Node) -
 
 @pytest.mark.direct("runs a server of its own, which crashes")
 def test_no_call_is_delivered_twice_when_none_is_changed(node: Node) -> None:
-    book = new_book(node, LESS)
+    book = Book(node.dsn())
     works = [*[write] * WRITERS, end_prepared]
     with serve(node.dsn("cdr_api")) as plain, serve(node.dsn("cdr_api"), **SWEEPING) as sweeping:
         pollers = make_pollers(node, plain.url, sweeping.url)
@@ -479,7 +476,7 @@ def promote(book: Book, node: Node, standby: Node) -> None:
 
 @pytest.mark.direct("runs a server of its own, which crashes")
 def test_the_feed_of_a_standby_goes_on_after_its_promotion(node: Node) -> None:
-    book = new_book(node, LESS)
+    book = Book(node.dsn())
     works = [*[write] * 16, end_prepared]
     with (
         standby_of(node) as standby,
