@@ -12,11 +12,13 @@ from typing import Any, get_type_hints
 import psycopg
 import pytest
 from fusionpbx_cdr import (
+    ActiveCalls,
     ApiError,
     BrokenAnswerError,
     BusyError,
     Call,
     Client,
+    ConcurrentCalls,
     CursorGoneError,
     Domain,
     Extension,
@@ -124,6 +126,17 @@ def test_totals_and_domains(api: Client, database: Database) -> None:
     (extension,) = api.extensions(domain_name=ALPHA)
     assert set(extension) == set(get_type_hints(Extension))
     assert extension["extension"] == "101"
+
+
+def test_simultaneous_calls(api: Client) -> None:
+    day = {"date": (NOW - timedelta(days=1)).date().isoformat(), "resolution": 60, "domain_name": ALPHA, "tz": "UTC"}
+    peaks, active = list(api.concurrent_calls(**day)), list(api.active_calls(**day))
+    assert len(peaks) == len(active) == 24
+    assert all(set(peak) == set(get_type_hints(ConcurrentCalls)) for peak in peaks)
+    assert all(set(count) == set(get_type_hints(ActiveCalls)) for count in active)
+    assert [peak["active_calls"] > 0 for peak in peaks] == [count["total"] > 0 for count in active]
+    busy = list(api.concurrent_calls(**day, active_only=True))
+    assert busy == [peak for peak in peaks if peak["active_calls"]] != []
 
 
 @pytest.mark.parametrize("kind", ["Call", "Total", "Domain"])

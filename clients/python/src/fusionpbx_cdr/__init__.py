@@ -22,11 +22,13 @@ from typing import Any, Self, TypedDict
 import httpx
 
 __all__ = [
+    "ActiveCalls",
     "ApiError",
     "BrokenAnswerError",
     "BusyError",
     "Call",
     "Client",
+    "ConcurrentCalls",
     "CursorGoneError",
     "Domain",
     "Extension",
@@ -153,6 +155,27 @@ class Total(TypedDict, total=False):
     billsec: int
     billmsec: int
     digest: str
+
+
+class ConcurrentCalls(TypedDict):
+    """The peak of simultaneous calls in an interval."""
+
+    domain_name: str | None
+    start_interval: str
+    end_interval: str
+    active_calls: int
+
+
+class ActiveCalls(TypedDict):
+    """How many calls overlap an interval, by direction."""
+
+    start_interval: str
+    end_interval: str
+    domain: str | None
+    inbound: int
+    outbound: int
+    internal: int
+    total: int
 
 
 # What goes wrong --------------------------------------------------------------
@@ -324,6 +347,14 @@ class Client:
         found: list[Total] = self._read("GET", "call_totals", parameters)
         return found
 
+    def concurrent_calls(self, **parameters: Any) -> Iterator[ConcurrentCalls]:
+        """The peaks of date=, month=, or from_= to to=, in intervals of resolution= minutes."""
+        return self._stream("concurrent_calls_by_domain", parameters)
+
+    def active_calls(self, **parameters: Any) -> Iterator[ActiveCalls]:
+        """The calls that overlap each interval, by direction, likewise."""
+        return self._stream("active_calls_by_domain", parameters)
+
     def domains(self) -> list[Domain]:
         """The domains that this token may read."""
         found: list[Domain] = self._read("GET", "domains", {})
@@ -340,7 +371,7 @@ class Client:
 
     # HTTP
 
-    def _stream(self, route: str, parameters: dict[str, Any]) -> Iterator[Call]:
+    def _stream(self, route: str, parameters: dict[str, Any]) -> Iterator[Any]:
         with self._ask("GET", route, {**parameters, "format": "ndjson"}) as response:
             yield from read_lines(response)
 
