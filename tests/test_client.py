@@ -41,10 +41,12 @@ GUIDE = re.findall(r"```python\n(.*?)```", DOCUMENTS["clients/python/README.md"]
 
 def add_calls(database: Database, calls: int, days: int = 20) -> None:
     database.execute(
-        "INSERT INTO v_xml_cdr (xml_cdr_uuid, domain_uuid, domain_name, end_stamp, billsec, leg, direction)"
+        "INSERT INTO v_xml_cdr"
+        " (xml_cdr_uuid, domain_uuid, domain_name, start_stamp, end_stamp, billsec, leg, direction)"
         " SELECT gen_random_uuid(), md5('domain ' || %(domain)s)::uuid, %(domain)s,"
-        "        now() - random() * %(days)s * interval '1 day', i %% 60, 'a', 'outbound'"
-        "   FROM generate_series(1, %(calls)s) AS i",
+        "        ended - i %% 60 * interval '1 second', ended, i %% 60, 'a', 'outbound'"
+        "   FROM (SELECT i, now() - random() * %(days)s * interval '1 day' AS ended"
+        "           FROM generate_series(1, %(calls)s) AS i) AS calls",
         {"domain": ALPHA, "calls": calls, "days": days},
     )
 
