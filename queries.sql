@@ -37,6 +37,11 @@ SET LOCAL client_encoding = {encoding}
 -- foreign table and no materialized view.
 LOCK TABLE v_xml_cdr IN ACCESS SHARE MODE;
 
+-- name: touch_calls
+-- No row: by the index of each server that a part of v_xml_cdr is on. postgres_fdw has a snapshot and locks
+-- there from now on, for as long as the transaction here lasts.
+SELECT FROM v_xml_cdr WHERE domain_uuid = '00000000-0000-0000-0000-000000000000'::uuid;
+
 -- name: begin_list
 -- Opens the transaction of a list of something else than calls, in which every statement
 -- has a snapshot of its own.
@@ -466,7 +471,8 @@ SELECT {columns} FROM ({query}) AS calls;
 -- name: examine_session
 -- One row: pid, the process that serves us; whether an index brings the calls of a
 -- domain in the order of the key, or those of a range by its epochs; probed, whether it
--- does so for all of the table (a part that is a foreign table, or that inherits, has none of its indexes); lockable, whether LOCK TABLE takes the table; and
+-- does so for all of the table (a part that is a foreign table, or that inherits, has none of its indexes); lockable, whether LOCK TABLE takes the table;
+-- foreign, whether calls may be on another server: there is a foreign table, which a view may hide; and
 -- doubled, whether nothing keeps a plain table, or a partition of this server, from holding a key twice.
 WITH RECURSIVE parts AS (
     SELECT c.oid, c.relkind FROM pg_class AS c WHERE c.oid = to_regclass('v_xml_cdr')
@@ -497,6 +503,7 @@ SELECT pg_backend_pid() AS pid, indexed, epochs_indexed,
                               AND (part.relkind = 'f' OR whole.relkind <> 'p')) AS probed,
        EXISTS (SELECT FROM indexes WHERE indisvalid AND columns[1:2] = ARRAY['domain_name', 'end_stamp']) AS nameless_indexed,
        coalesce((SELECT relkind IN ('r', 'p', 'v') FROM pg_class WHERE oid = to_regclass('v_xml_cdr')), true) AS lockable,
+       EXISTS (SELECT FROM pg_foreign_table) AS "foreign",
        EXISTS (SELECT FROM parts
                 WHERE relkind = 'r'
                   AND NOT EXISTS (SELECT FROM pg_index AS i

@@ -59,6 +59,7 @@ class PooledConnection(Connection):
         False  # whether one of the two tells at once, of all of the table, if there are calls without a domain_uuid
     )
     lockable = True  # whether LOCK TABLE takes v_xml_cdr, which may be a foreign table
+    foreign = False  # whether calls may be on another server
     doubled = False  # whether nothing keeps v_xml_cdr from holding a call twice
     nameless = True  # whether there may be calls without a domain_uuid; in a transaction that take_stream_slot began
     zoned = False  # whether stamps are known to be timestamptz; in such a transaction
@@ -173,7 +174,7 @@ class Database:
         """
         self.note(reachable=True)
         found = run(connection, "examine_session")[0]
-        for name in ("indexed", "epochs_indexed", "probed", "lockable", "doubled"):
+        for name in ("indexed", "epochs_indexed", "probed", "lockable", "foreign", "doubled"):
             setattr(connection, name, found[name])
         is_own = found["pid"] == connection.info.backend_pid
         if is_own:

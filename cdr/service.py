@@ -161,8 +161,10 @@ class Service:
         _ = self.calls.codec  # before a connection is held: it may take one of its own
         connection = self.lend(self.calls, account_id, client)
         try:
+            with self.holding_foreign_calls(connection):
+                alone = connection.indexed and not sort
+                self.begin(connection, {**parameters, "account_id": account_id, "alone": alone})
             connection.silence_seconds = self.settings.statement_timeout / 1000 + LOOKUP_SECONDS
-            self.begin(connection, {**parameters, "account_id": account_id, "alone": connection.indexed and not sort})
             yield connection
         except BaseException as error:
             if isinstance(error, psycopg.errors.WrongObjectType):
@@ -174,6 +176,22 @@ class Service:
             if isinstance(error, psycopg.errors.InvalidParameterValue) and zone not in (None, self.time_zone):
                 refuse("tz", "is not a time zone that the database knows")
             raise
+
+    @contextmanager
+    def holding_foreign_calls(self, connection: PooledConnection) -> Iterator[None]:
+        """Keeps calls on other servers from being rewritten while the block begins the connection's transaction.
+
+        LOCK TABLE does not reach them, and postgres_fdw takes its snapshot before it locks: to that a table whose
+        ALTER TABLE it waited for looks empty. So another transaction locks it before this one's snapshot is taken.
+        """
+        if not connection.foreign:
+            yield
+            return
+        with self.calls.connection() as holder:
+            run(holder, "begin_list")
+            run(holder, "touch_calls")
+            yield
+            run(connection, "touch_calls")
 
     def lend(self, database: Database, account_id: int, client: Client) -> PooledConnection:
         """A connection with a watch, of the account's share, which Database.give_back takes."""

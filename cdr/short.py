@@ -88,7 +88,8 @@ def find_short(service: Service, page: Selection, fields: tuple[str, ...], zone:
         return None
     with service.calls.connection() as connection:
         # The first PostgreSQL with plan_cache_mode is 12.
-        if connection.prepared is None or not connection.indexed or connection.info.server_version < 120000:
+        can_prepare = connection.prepared is not None and connection.info.server_version >= 120000
+        if not can_prepare or not connection.indexed or connection.foreign:
             return None
         connection.silence_seconds = service.settings.statement_timeout / 1000 + LOOKUP_SECONDS
         try:
