@@ -227,7 +227,11 @@ def answer_api_error(error: ApiError) -> Response:
 def answer_http_exception(error: HTTPException) -> Response:
     """The framework's own errors (404, 405, 413, …), their headers kept."""
     headers = {name: value for name, value in error.get_headers() if name not in ("Content-Type", "Content-Length")}
-    message = describe_routes() if error.code == 404 else error.description or error.name
+    message = error.description or error.name
+    if error.code == 404:
+        message = describe_routes()
+    elif error.code == 405:
+        message = f"This route does not take {request.method}: Allow names what it takes."
     return answer_api_error(ApiError(error.code or 500, message, headers=headers))
 
 
@@ -336,6 +340,8 @@ def show_allowance(response: Response) -> Response:
 @tokens.error_handler
 def answer_unauthenticated(_status: int) -> Response:
     message = "A valid bearer token is needed: send the header Authorization: Bearer and the token."
+    if request.authorization and request.authorization.token:
+        message = "A valid bearer token is needed: this one is unknown, expired, revoked or not for your address."
     return answer_api_error(ApiError(401, message, headers=UNAUTHENTICATED))
 
 
@@ -544,7 +550,7 @@ def read_edges(values: Mapping[str, Any]) -> tuple[Moment, Moment]:
     for name in ("month", "date"):
         if whole := values.get(name):
             if any(values.get(other) for other in ("from", "to", "date") if other != name):
-                refuse(name, "names the whole range: leave out the others of from, to, date and month")
+                refuse(name, "is the whole range already: leave out from, to and any other")
             return whole, whole
     for name in ("from", "to"):
         if not values[name]:

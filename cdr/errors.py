@@ -37,7 +37,8 @@ class ValidationErrors:
         self.by_name: dict[str, list[str]] = {}
 
     def add(self, name: str, fault: str) -> None:
-        self.by_name.setdefault(name[:100], []).append(f"{name[:100]} {fault}.")
+        sentence = f"{name[:100]} {fault}"
+        self.by_name.setdefault(name[:100], []).append(sentence if sentence.endswith("?") else f"{sentence}.")
 
     def raise_if_any(self) -> None:
         """Raises ApiError 422 that names every fault."""

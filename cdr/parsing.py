@@ -6,6 +6,7 @@ after the parameter's name.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import zoneinfo
@@ -189,7 +190,8 @@ def parse_pairs(pairs: Pairs, parsers: Parsers, required: Collection[str] = ()) 
     given: dict[str, Any] = {}
     for name, value in pairs:
         if name not in parsers:
-            errors.add(name, "is not a parameter of this route")
+            near = difflib.get_close_matches(name, parsers, n=1, cutoff=0.75)
+            errors.add(name, "is not a parameter of this route" + "".join(f". Did you mean {other}?" for other in near))
         elif name in given:
             errors.add(name, "is given twice")
         given[name] = value

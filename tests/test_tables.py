@@ -64,7 +64,8 @@ def load(name: str) -> Any:
 
 @pytest.mark.usefixtures("folder")
 def test_pandas_reads_text_as_text() -> None:
-    from_csv, from_json, stamps = blocks("python")[0].splitlines()
+    lines = blocks("python")[0].splitlines()
+    from_csv, from_json, stamps = (line for line in lines if not line.startswith("#"))
     for line in (from_csv, from_json):
         names: dict[str, Any] = {"pandas": load("pandas")}
         exec(f"{line}\n{stamps}", names)
