@@ -50,9 +50,10 @@ Ready at {url} (Ctrl-C stops it). In a browser, with the account that is made be
 {url}/api/usage shows a month, {url}/api/docs the routes. In another terminal:
 """
 REGISTER = """
+# the first time:
 curl -s {url}/api/register -d name=Billing -d email=billing@example.com \\
   -d password=correct-horse-battery -d password_confirmation=correct-horse-battery
-
+# then, and later too:
 TOKEN=$(curl -s {url}/api/login -d email=billing@example.com -d password=correct-horse-battery \\
   | sed 's/.*"token":"\\([^"]*\\)".*/\\1/')
 """

@@ -240,7 +240,8 @@ def poll_page(pbx: Pbx, ledger: Ledger, first: str | None, limit: int) -> bool:
     with transaction(ledger):
         page = read_page(pbx, ledger, first, limit)
         page.keep(ledger)
-    print(f"{page.calls} calls; everything stored up to {page.through} is here.")
+    rest = "more are waiting" if page.more else f"everything stored up to {page.through} is here"
+    print(f"{page.calls} calls; {rest}.")
     return page.more
 
 
