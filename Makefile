@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: run install deb test test-deb test-pgbouncer test-versions test-clusters torture day lint bench bench-peers lock assets clean gone
+.PHONY: run install deb test fuzz test-deb test-pgbouncer test-versions test-clusters torture day lint bench bench-peers lock assets clean gone
 
 run: $(VENV)/run ## serve on http://127.0.0.1:8000 (PORT= chooses another)
 	@$(BIN)/python -m demo
@@ -32,6 +32,9 @@ test-clusters: $(VENV)/test ## Patroni, whose leader is killed (needs patroni, e
 
 test-deb: $(VENV)/test ## the package in a bare Debian 12 and 13, from its installation to its purge (root; debootstrap)
 	$(BIN)/python -m pytest -s -o python_files=bare_debian.py tests/bare_debian.py
+
+fuzz: $(VENV)/test ## the C encoder under sanitizers, for ten minutes (needs gcc and Python.h)
+	FUZZ_SECONDS=600 $(BIN)/python -m pytest -s tests/test_encoder.py -k no_byte
 
 torture: $(VENV)/test ## the feed, with writers and crashes for twenty minutes
 	TORTURE_SECONDS=600 $(BIN)/python -m pytest -s tests/test_torture.py
@@ -77,10 +80,10 @@ INSTALL = command -v "$(PYTHON)" >/dev/null \
 # A Python that is gone, as after an upgrade of the system, takes all that was installed along.
 GONE = $(shell [ -x $(BIN)/python ] || echo gone)
 
-$(VENV)/run: requirements.txt demo/requirements.txt $(GONE)
+$(VENV)/run: requirements.txt demo/requirements.txt speedups/cdr_encoder.c $(GONE)
 	@$(INSTALL) run
 	@touch $@
 
-$(VENV)/test: tests/requirements.txt $(GONE)
+$(VENV)/test: tests/requirements.txt speedups/cdr_encoder.c $(GONE)
 	@$(INSTALL) test
 	@touch $(VENV)/run $@

@@ -105,6 +105,11 @@ def install(python: Path, requirements: Path, log: Path) -> None:
     print(f"{before}Installed {total} packages in {time.monotonic() - begun:.0f} seconds.", flush=True)
 
 
+def build_encoder(python: Path) -> None:
+    """The optional C encoder; whether it is built, its program says."""
+    subprocess.run([str(python), str(ROOT / "speedups/build.py")], check=False)
+
+
 def main() -> None:
     folder, plan = Path(sys.argv[1]), sys.argv[2]
     requirements, megabytes, text = PLANS[plan]
@@ -116,7 +121,9 @@ def main() -> None:
     if shutil.disk_usage(ROOT).free < megabytes * 1_000_000:
         sys.exit(f"make cannot go on. It needs {megabytes} MB on the disk of {ROOT}: free them and start again.")
     try:
-        install(make_venv(folder), ROOT / requirements, folder / "install.log")
+        python = make_venv(folder)
+        install(python, ROOT / requirements, folder / "install.log")
+        build_encoder(python)
     except OSError as error:
         fail(str(error))
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from flask import Flask
@@ -31,6 +31,7 @@ import cdr_api
 import demo
 from cdr.accounts import email_key, new_token
 from cdr.database import run
+from tests.encoders import build_encoder, hide_encoder
 
 ROOT = Path(__file__).parent.parent
 PLACES = ("*.py", "cdr/*.py", "cdr_setup/*.py")
@@ -352,6 +353,23 @@ def database(make_database: DatabaseMaker) -> Database:
 def client(database: Database) -> Client:
     """Reads alpha.example.com."""
     return database.client(database.account("alpha.example.com"))
+
+
+@pytest.fixture(scope="session")
+def speedups(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the C encoder as it is now, whatever is installed."""
+    folder = tmp_path_factory.mktemp("speedups")
+    if lacking := build_encoder(folder):
+        pytest.skip(lacking)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["Python", "C"])
+def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that, in PYTHONPATH, makes a service take the Python encoder or the C one."""
+    if request.param == "C":
+        return cast(Path, request.getfixturevalue("speedups"))
+    return hide_encoder(tmp_path_factory.mktemp("without"))
 
 
 @dataclass

@@ -14,7 +14,7 @@ import pytest
 
 import demo
 from bench import __main__ as bench
-from bench import growth
+from bench import encoders, growth
 from bench.peers import __main__ as peers
 from bench.peers.servers import HERE, Rival
 from bench.peers.values import plain
@@ -217,3 +217,17 @@ def test_growth_stands_beside_its_ideal(server: demo.PostgresServer) -> None:
     assert len(lines) == 6 + 2 + 2 * 3 * 2
     assert all(re.fullmatch(r"\| [a-z0-9, -]+ \| [0-9.]+ \| [0-9.]+ \| [0-9.]+ \| [0-9.]+ \|", line) for line in lines)
     assert len(lines) == len({line.split("|")[1] for line in lines})
+
+
+def test_the_encoders_stand_beside_the_ceiling(server: demo.PostgresServer, speedups: Path) -> None:
+    lines = list(encoders.run(server, 1_500, runs=1, xml_bytes=0))
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| COPY CSV, thrown away",
+        "| JSON, Python",
+        "| JSON, C",
+        "| CSV",
+    ]
+    costs = [list(map(float, line.strip("| ").split(" | ")[1:])) for line in lines[2:]]
+    assert costs[0][0] == 0
+    assert all(database > 0 for _, database, _ in costs)
+    assert all(service > 0 for service, _, _ in costs[1:])

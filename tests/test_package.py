@@ -13,6 +13,7 @@ import pytest
 
 from cdr import __version__
 from tests.conftest import ROOT
+from tests.encoders import build_encoder
 
 SCRIPTS = ("postinst", "prerm", "postrm")
 
@@ -88,6 +89,17 @@ def test_it_has_what_the_service_loads_and_nothing_of_the_build(unpacked: Path) 
     built = str(opt).encode()
     texts = [path for path in opt.rglob("*") if path.is_file() and path.suffix not in (".so", ".js")]
     assert not [path for path in texts if built in path.read_bytes() or b"/tmp/tmp." in path.read_bytes()]
+
+
+def test_it_has_the_c_encoder_if_it_could_be_built(unpacked: Path, tmp_path: Path) -> None:
+    opt = unpacked / "opt/cdr-api"
+    code = "from cdr.stream import FORMATS; print(FORMATS['json'].encoder.__name__)"
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [opt / ".venv/bin/python", "-B", "-c", code], cwd=opt, env=environ, check=True, capture_output=True, text=True
+    )
+    lacking = build_encoder(tmp_path, python="/usr/bin/python3")
+    assert done.stdout == ("JsonEncoder\n" if lacking else "CompiledJsonEncoder\n")
 
 
 def test_everything_in_etc_is_a_conffile(unpacked: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,9 +17,10 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from cdr.stream import JsonEncoder
+from cdr.stream import FORMATS, CompiledJsonEncoder, JsonEncoder
 from tests.clients import calls_url, curl, open_stream
 from tests.conftest import Client, Database, DatabaseMaker, Gunicorn, need, problem, serve, wait_for
+from tests.encoders import load_encoder, write_string
 from tests.servers import active_copies, peak_memory
 from tests.values import ANYTHING, FIXED, NASTY
 
@@ -37,14 +39,29 @@ def nasty_client(nasty: Database) -> Client:
     return nasty.client(nasty.account("alpha.example.com"))
 
 
+@pytest.fixture(params=["Python", "C"])
+def encoder_class(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[JsonEncoder]:
+    """Each encoder, for the formats of this process too."""
+    chosen: type[JsonEncoder] = JsonEncoder
+    if request.param == "C":
+        monkeypatch.setattr("cdr.stream.encode_rows", load_encoder(request.getfixturevalue("speedups")))
+        chosen = CompiledJsonEncoder
+    for name in ("json", "ndjson"):
+        monkeypatch.setitem(FORMATS, name, replace(FORMATS[name], encoder=chosen))
+    return chosen
+
+
 @hypothesis.given(ROWS)
 @hypothesis.example([("\x7f", "\x01", "\n", "\t")])
 @hypothesis.example([("".join(map(chr, range(1, 128))), None, "", "plain"), ("a", "b", "c", "d")])
 @hypothesis.settings(
-    max_examples=150, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 def test_values_are_those_of_row_to_json(
-    nasty: Database, nasty_client: Client, rows: list[tuple[str | None, ...]]
+    nasty: Database,
+    nasty_client: Client,
+    encoder_class: type[JsonEncoder],
+    rows: list[tuple[str | None, ...]],
 ) -> None:
     columns = ", ".join(TEXT_COLUMNS)
     with nasty.connect() as connection:
@@ -68,14 +85,12 @@ def test_values_are_those_of_row_to_json(
 
 
 @hypothesis.given(st.lists(st.lists(NASTY | FIXED, min_size=3, max_size=3), min_size=1, max_size=5))
-def test_rows_are_taken_apart_by_cells(rows: list[list[str]]) -> None:
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_rows_are_taken_apart_by_cells(encoder_class: type[JsonEncoder], rows: list[list[str]]) -> None:
     """Without a database: what copy_json writes (queries.sql), written by hand."""
-
-    def cell(text: str) -> bytes:
-        return b'"' + text.encode().replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"'
-
-    encoder = JsonEncoder(["a", "b", "c"], b",\n")
-    text = encoder([memoryview(b"\x7f".join(map(cell, row)) + b"\n") for row in rows], b"[")
+    encoder = encoder_class(["a", "b", "c"], b",\n")
+    lines = [b"\x7f".join(write_string(text.encode()) for text in row) + b"\n" for row in rows]
+    text = encoder([memoryview(line) for line in lines], b"[")
     assert json.loads(text + b"]") == [dict(zip("abc", row, strict=True)) for row in rows]
 
 
@@ -91,8 +106,8 @@ def token(large: Database) -> str:
 
 
 @pytest.fixture(scope="module")
-def gunicorn(large: Database) -> Iterator[Gunicorn]:
-    with serve(large.dsn) as running:
+def gunicorn(large: Database, encoder: Path) -> Iterator[Gunicorn]:
+    with serve(large.dsn, PYTHONPATH=str(encoder)) as running:
         yield running
 
 
@@ -286,7 +301,7 @@ def test_memory_does_not_grow_with_the_number_of_domains(make_database: Database
 
 @in_linux
 @pytest.mark.parametrize("kind", ["json", "ndjson", "csv"])
-def test_memory_does_not_grow_with_the_answer(make_database: DatabaseMaker, kind: str) -> None:
+def test_memory_does_not_grow_with_the_answer(make_database: DatabaseMaker, encoder: Path, kind: str) -> None:
     """Some 300 MB of JSON in 30,000 rows: a worker may grow by 16 MB."""
     database = make_database()
     with database.connect() as connection:
@@ -297,7 +312,7 @@ def test_memory_does_not_grow_with_the_answer(make_database: DatabaseMaker, kind
             " FROM generate_series(1, 30000) AS i"
         )
     token = database.account("alpha.example.com")
-    with serve(database.dsn) as gunicorn:
+    with serve(database.dsn, PYTHONPATH=str(encoder)) as gunicorn:
         read_all(calls_url(gunicorn, format=kind, limit=200), token)  # whatever is loaded once is loaded now
         (pid,) = gunicorn.worker_pids()
         Path(f"/proc/{pid}/clear_refs").write_text("5", "ascii")

@@ -40,6 +40,8 @@ done
 "$python" -m venv --without-pip "$opt/.venv"
 "$work/tool/bin/python" -m pip --python "$opt/.venv/bin/python" install --quiet --disable-pip-version-check \
   --no-compile --only-binary :all: --require-hashes -r "$here/requirements.txt"
+# Also the C encoder, if there are a C compiler and Python.h; a package without it does the same, in more time.
+"$opt/.venv/bin/python" "$here/speedups/build.py" >&2 || :
 rm -f "$opt/.venv/bin/"[Aa]ctivate* "$opt/.venv/.gitignore"
 find "$opt/.venv/bin" -type f -exec sed -i "1s|^#!$opt|#!/opt/cdr-api|" {} +
 sed -i "s|$stage||; s|^command = .*|command = /usr/bin/python3 -m venv /opt/cdr-api/.venv|" "$opt/.venv/pyvenv.cfg"
