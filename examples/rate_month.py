@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """What the outbound calls of a domain in a month cost, by a table of prices:
 
+    pip install ./clients/python
     export CDR_URL=https://pbx.example.com/api CDR_TOKEN=cdr_…
     rate_month.py alpha.example.com 2026-01 prices.csv > bill.csv
 
@@ -14,38 +15,18 @@ A price counts for numbers that begin with its prefix (the longest; the number w
 """
 
 import csv
-import json
 import os
 import re
 import sys
-import time
 from decimal import ROUND_HALF_UP, Decimal
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.parse import urlencode
-from urllib.request import Request, urlopen
 
-API, TOKEN = os.environ.get("CDR_URL", ""), os.environ.get("CDR_TOKEN", "")
+from fusionpbx_cdr import ApiError, BrokenAnswerError, Client
+
 NOTHING: list[Any] = [0, 0, 0, Decimal("0.0000")]  # calls, seconds, billed seconds, money
 
 Price = dict[str, str]
-
-
-def ask(route: str, **query: str) -> list[Any]:
-    """An answer as NDJSON; waits while the service is busy."""
-    request = Request(f"{API}/{route}?{urlencode(query)}&format=ndjson")
-    request.add_unredirected_header("Authorization", f"Bearer {TOKEN}")  # for this host only
-    for tries in range(10):
-        try:
-            with urlopen(request, timeout=600) as answer:
-                return [json.loads(line) for line in answer]  # that no line is missing, call_totals tells
-        except HTTPError as error:
-            if error.code not in {429, 503} or tries == 9:
-                raise ValueError(f"{error.code}: {error.read().decode(errors='replace')}") from None
-            time.sleep(int(error.headers.get("Retry-After", "30")))
-    return []
 
 
 def find_price(prices: dict[str, Price], number: str) -> Price:
@@ -65,31 +46,32 @@ def rate(seconds: int, price: Price) -> tuple[int, Decimal]:
     return billed, money.quantize(Decimal("0.0001"), ROUND_HALF_UP)
 
 
-def rate_month(domain: str, month: str, prices: list[Price]) -> list[list[Any]]:
+def rate_month(api: Client, domain: str, month: str, prices: list[Price]) -> list[list[Any]]:
     table = {price["prefix"]: price for price in prices}
     if len(table) < len(prices):
         raise ValueError("A prefix stands in the table twice.")
-    query = {"domain_name": domain, "month": month, "direction": "outbound"}
-    query |= {"answered": "true", "billable_only": "true"}
+    query: dict[str, Any] = {"domain_name": domain, "month": month, "direction": "outbound"}
+    query |= {"answered": True, "billable_only": True}
     groups: dict[str, list[Any]] = {}
-    for call in ask("call_range", **query, fields="destination_number,billsec"):
+    for call in api.call_range(**query, fields=["destination_number", "billsec"]):
         price = find_price(table, call["destination_number"] or "")
         billed, money = rate(call["billsec"], price)
         sums = groups.get(price["prefix"], NOTHING)
         groups[price["prefix"]] = [a + b for a, b in zip(sums, (1, call["billsec"], billed, money), strict=True)]
     sums = [sum(column) for column in zip(NOTHING, *groups.values(), strict=True)]
-    (total,) = ask("call_totals", **query)
+    (total,) = api.totals(**query)
     if sums[:2] != [total["calls"], total["billsec"]]:
         raise ValueError(f"Read {sums[0]} calls, {sums[1]} seconds, but there are {total}: run this again.")
     rows = [[prefix, table[prefix]["name"], *groups[prefix]] for prefix in sorted(groups)]
     return [["prefix", "name", "calls", "seconds", "billed", "money"], *rows, ["", "total", *sums]]
 
 
-if len(sys.argv) != 4 or not re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])", sys.argv[2]) or not API or not TOKEN:
+url, token = os.environ.get("CDR_URL", ""), os.environ.get("CDR_TOKEN", "")
+if len(sys.argv) != 4 or not re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])", sys.argv[2]) or not url or not token:
     sys.exit(f"usage: CDR_URL=… CDR_TOKEN=… {sys.argv[0]} DOMAIN YYYY-MM PRICES.csv")
 try:
-    with Path(sys.argv[3]).open(encoding="utf-8-sig", newline="") as file:  # as Excel saves it, too
-        bill = rate_month(sys.argv[1], sys.argv[2], list(csv.DictReader(file)))
+    with Client(url, token) as api, Path(sys.argv[3]).open(encoding="utf-8-sig", newline="") as file:  # Excel's too
+        bill = rate_month(api, sys.argv[1], sys.argv[2], list(csv.DictReader(file)))
     csv.writer(sys.stdout, lineterminator="\n").writerows(bill)
-except (OSError, HTTPException, ValueError, ArithmeticError, KeyError, TypeError) as error:
+except (ApiError, BrokenAnswerError, OSError, ValueError, ArithmeticError, KeyError, TypeError) as error:
     sys.exit(f"Nothing is rated: {error!r}")

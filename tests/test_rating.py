@@ -87,7 +87,8 @@ Done = subprocess.CompletedProcess[str]
 
 @pytest.fixture
 def environ(gunicorn: Gunicorn, token: str) -> dict[str, str]:
-    return {"PATH": os.environ["PATH"], "CDR_URL": f"{gunicorn.url}/api", "CDR_TOKEN": token}
+    client = str(ROOT / "clients/python/src")
+    return {"PATH": os.environ["PATH"], "PYTHONPATH": client, "CDR_URL": f"{gunicorn.url}/api", "CDR_TOKEN": token}
 
 
 def rate_month(environ: dict[str, str], folder: Path, prices: str = PRICES, month: str = "2026-02") -> Done:
