@@ -11,7 +11,7 @@ const cell = (value) => {
   return /[",\r\n]/.test(text) || value === "" ? `"${text.replaceAll('"', '""')}"` : text;
 };
 
-const fileName = (...parts) => `${parts.join(" ").replace(/[^\p{L}\p{N}.-]+/gu, "_")}.csv`;
+const fileName = (parts) => `${parts.filter(Boolean).join(" ").replaceAll("/", "-").replace(/[^\p{L}\p{N}.-]+/gu, "_")}.csv`;
 
 function download(blob, name) {
   const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download: name });
@@ -22,7 +22,7 @@ function download(blob, name) {
 /** Rows of cells as a file. Numbers are written for programs: whole, without separators. */
 export function saveTable(parts, rows) {
   const text = rows.map((cells) => `${cells.map(cell).join(",")}\n`).join("");
-  download(new Blob([text], { type: "text/csv" }), fileName(...parts));
+  download(new Blob([text], { type: "text/csv" }), fileName(parts));
 }
 
 /**
@@ -66,7 +66,7 @@ async function copyCalls(target, parameters, signal, progress) {
  * in between there are more at the end than at the beginning, and the file has a number between the two.
  */
 export async function saveCalls(job, parts, range, fields) {
-  const name = fileName("calls", ...parts);
+  const name = fileName(["calls", ...parts]);
   const target = await openTarget(name);
   if (!target) return;
   let said = "";
@@ -79,10 +79,10 @@ export async function saveCalls(job, parts, range, fields) {
         job.progress(calls, before, `${whole(calls)} of ${count(before, "call")}`));
       const after = found === before ? before : await countCalls(range, signal);
       if (found < before || found > after) {
-        throw new ApiError(0, `The file was thrown away: ${count(found, "call")} came, but call_totals counts ${whole(after)}.`);
+        throw new ApiError(0, `The file was thrown away: ${count(found, "call")} came, but there are ${whole(after)}.`);
       }
       await target.close();
-      said = `Saved ${name}: ${count(found, "call")}, as many as call_totals counts.`;
+      said = `Saved ${name}: ${count(found, "call")}, complete.`;
     } catch (error) {
       await target.abort();
       throw error.status === 0 ? new ApiError(0, `${error.message} No file was saved.`) : error;

@@ -14,12 +14,19 @@ export const change = (now, before) => (before ? changes.format(now / before - 1
 export const count = (number, one, many = `${one}s`) => `${whole(number)} ${number === 1 ? one : many}`;
 
 // Days are dates without a zone: read and written as UTC, they stay what they are.
-const asDate = (options, text) => new Intl.DateTimeFormat(locale, { ...options, timeZone: "UTC" }).format(new Date(text));
+const dates = (options) => new Intl.DateTimeFormat(locale, { ...options, timeZone: "UTC" });
+const asDate = (options, text) => dates(options).format(new Date(text));
 export const monthName = (month) => asDate({ month: "long", year: "numeric" }, `${month}-01T00:00Z`);
 export const dayName = (day) => asDate({ day: "numeric", month: "long" }, `${day}T00:00Z`);
-export const weekday = (day) => asDate({ weekday: "short", day: "numeric" }, `${day}T00:00Z`);
-/** The time of day of a stamp, in the zone that it is written in. */
-export const timeOf = (stamp) => asDate({ hour: "2-digit", minute: "2-digit" }, `${stamp.slice(0, 16)}Z`);
+export const weekday = (day) => asDate({ weekday: "short", day: "numeric", month: "short" }, `${day}T00:00Z`); // without the month English has "1 Sun"
+/** From one stamp to another, in the zone that they are written in. Where a clock is put back, the second may look earlier. */
+export function between(...stamps) {
+  const [start, stop] = stamps.map((stamp) => new Date(`${stamp.slice(0, 16)}Z`));
+  return dates({ day: "numeric", month: "long", hour: "2-digit", minute: "2-digit" }).formatRange(start, stop < start ? start : stop);
+}
+
+/** How a zone is called: PostgreSQL has Etc/UTC, people do not. */
+export const zoneName = (zone) => (zone === "Etc/UTC" ? "UTC" : zone);
 
 /** The days of a month, as 2026-01-31. */
 export function daysOf(month) {

@@ -33,8 +33,10 @@ export class Job {
     this.again.onclick = again;
   }
 
-  say(sentence) {
+  /** Shows a sentence, and what may stand behind it. */
+  say(sentence, ...more) {
     this.show({ said: sentence });
+    this.status.append(...more);
   }
 
   /** Ends what runs, without a word. */

@@ -1,12 +1,12 @@
 // One domain's month: its totals at once, then, from its calls, what sums cannot tell.
-import { count, dayName, minutes, percent, timeOf, weekday, whole } from "./format.js";
+import { between, count, dayName, minutes, percent, weekday, whole } from "./format.js";
 import { saveTable } from "./files.js";
 import { draw, plots } from "./plots.js";
 import { ApiError, readBatches, readJson } from "./session.js";
-import { fillHead, fillRows, sum } from "./table.js";
+import { PEAK, fileRows, fillHead, fillRows, sum } from "./table.js";
 
 const TOP = 10;
-export const DIRECTIONS = { outbound: "Outbound", inbound: "Inbound", local: "Local", other: "Other" };
+export const DIRECTIONS = { outbound: "Outbound", inbound: "Inbound", local: "Internal", other: "Other" };
 const NAMES = Object.keys(DIRECTIONS);
 const directionOf = (name) => (name in DIRECTIONS ? name : "other");
 const find = (id) => document.getElementById(id);
@@ -27,7 +27,7 @@ export async function readDays(query, days, signal) {
     readJson("call_totals", { ...query, group_by: "day,direction" }, signal),
     readJson("concurrent_calls_by_domain", { ...query, resolution: "60", active_only: "true" }, signal),
   ]);
-  const empty = { calls: 0, answered: 0, missed: 0, seconds: 0, outbound: 0, inbound: 0, local: 0, other: 0, peak: 0, when: "" };
+  const empty = { calls: 0, answered: 0, missed: 0, seconds: 0, outbound: 0, inbound: 0, local: 0, other: 0, peak: 0, start: "", stop: "" };
   const rows = new Map(days.map((day) => [day, { day, ...empty, byDirection: {} }]));
   for (const { day, direction, calls, answered, billsec } of totals) {
     const row = rows.get(day), name = directionOf(direction);
@@ -42,21 +42,23 @@ export async function readDays(query, days, signal) {
   }
   for (const { start_interval: start, end_interval: stop, active_calls: peak } of peaks) {
     const row = rows.get(start.slice(0, 10));
-    if (row && peak > row.peak) Object.assign(row, { peak, when: `${timeOf(start)} to ${timeOf(stop)}` });
+    if (row && peak > row.peak) Object.assign(row, { peak, start, stop });
   }
   return [...rows.values()];
 }
 
-/** What is told by the calls alone: roundings by direction, FusionPBX's missed calls, and where outbound calls went. */
+/** What is told by the calls alone: roundings by day and direction, FusionPBX's missed calls, and where outbound calls went. */
 export async function readCalls(query, signal, progress) {
-  const found = { calls: 0, missed: 0, knowsMissed: false, rounded: Object.fromEntries(NAMES.map((name) => [name, nothingRounded()])) };
+  const found = { calls: 0, missed: 0, knowsMissed: false, rounded: new Map() };
   const destinations = new Map();
-  const fields = "direction,billsec,missed_call,destination_number";
+  const fields = "end_stamp,direction,billsec,missed_call,destination_number";
   for await (const batch of readBatches("call_range", { ...query, fields }, signal)) {
-    for (const { direction, billsec, missed_call: missed, destination_number: number } of batch) {
+    for (const { end_stamp: end, direction, billsec, missed_call: missed, destination_number: number } of batch) {
       found.missed += missed === true;
       found.knowsMissed ||= missed !== null;
-      const sums = [found.rounded[directionOf(direction)]];
+      const day = end.slice(0, 10);
+      if (!found.rounded.has(day)) found.rounded.set(day, Object.fromEntries(NAMES.map((name) => [name, nothingRounded()])));
+      const sums = [found.rounded.get(day)[directionOf(direction)]];
       if (direction === "outbound") {
         if (!destinations.has(number)) destinations.set(number, { number, calls: 0, seconds: 0, rounded: nothingRounded() });
         const row = destinations.get(number);
@@ -75,52 +77,74 @@ export async function readCalls(query, signal, progress) {
 // Showing ---------------------------------------------------------------------
 
 let rows = []; // the days that are shown
-let domain = "";
+let rounding = ""; // one of ROUNDINGS, or none
+let fileParts = []; // how its files are called
 let calls = null; // of readCalls, once they are there
 
+/** A column of table.js, whose foot is the sum. Without a head it is only in the file, without csv only on the page. */
+const column = (head, csv, value, write, foot = (all) => write(all.reduce((total, row) => total + value(row), 0))) =>
+  ({ head, csv, value, text: (row) => write(value(row)), foot });
+
+const roundedOf = (days, names) => sum(days.flatMap((day) => names.map((name) => calls?.rounded.get(day)?.[name] ?? nothingRounded())), rounding);
+const writeRounded = (seconds) => (calls ? minutes(seconds) : "…");
+const roundedDays = () => [...(calls?.rounded.keys() ?? [])];
+const csvRounded = (name = "seconds") => `${name}_${rounding.replace("/", "_")}`;
+
+function showTable(table, columns, all) {
+  const shown = columns.filter(({ head }) => head);
+  fillHead(table, shown);
+  if (table.tFoot) fillRows(table.tFoot, [shown.map(({ foot }) => foot(all))]);
+  return fillRows(table.tBodies[0], all.map((row) => shown.map(({ text }) => text(row))));
+}
+
+const directionRows = () => NAMES.map((name) => {
+  const parts = rows.map((row) => row.byDirection[name]).filter(Boolean);
+  return { name, calls: sum(parts, "calls"), answered: sum(parts, "answered"), seconds: sum(rows, name) };
+}).filter((part) => part.calls);
+
 /** Minutes by direction, and beside them rounded where that was asked for and the calls are there. */
-function showDirections(rounding) {
-  const parts = NAMES.map((name) => {
-    const of = rows.map((row) => row.byDirection[name]).filter(Boolean);
-    return { name, calls: sum(of, "calls"), answered: sum(of, "answered"), seconds: sum(rows, name), rounded: calls?.rounded[name][rounding] ?? 0 };
-  }).filter((part) => part.calls);
+function directionColumns() {
   const total = sum(rows, "seconds");
-  const columns = [
-    ["Direction", (part) => DIRECTIONS[part.name], () => "All"],
-    ["Calls", (part) => whole(part.calls), () => whole(sum(rows, "calls"))],
-    ["Answered", (part) => whole(part.answered), () => whole(sum(rows, "answered"))],
-    ["Not answered", (part) => whole(part.calls - part.answered), () => whole(sum(rows, "missed"))],
-    ["Seconds", (part) => whole(part.seconds), () => whole(total)],
-    ["Minutes", (part) => minutes(part.seconds), () => minutes(total)],
-    ["Share", (part) => percent(part.seconds, total), () => percent(total, total)],
+  return [
+    column("Direction", "direction", (part) => part.name, (name) => DIRECTIONS[name], () => "All"),
+    column("Calls", "calls", (part) => part.calls, whole),
+    column("Answered", "answered", (part) => part.answered, whole),
+    column("Not answered", "not_answered", (part) => part.calls - part.answered, whole),
+    column("Seconds", "seconds", (part) => part.seconds, whole),
+    column("Minutes", "", (part) => part.seconds, minutes),
+    column("Share", "", (part) => part.seconds, (seconds) => percent(seconds, total)),
+    ...(rounding ? [column(`Rounded up ${rounding}`, csvRounded(), (part) => roundedOf(roundedDays(), [part.name]), writeRounded)] : []),
   ];
-  if (rounding) {
-    columns.push([`Minutes ${rounding}`, (part) => (calls ? minutes(part.rounded) : "…"), () => (calls ? minutes(sum(parts, "rounded")) : "…")]);
-  }
-  fillHead(find("directions"), columns.map(([head]) => ({ head })));
-  fillRows(find("directions").tBodies[0], parts.map((part) => columns.map(([, text]) => text(part))));
-  fillRows(find("directions").tFoot, [columns.map(([, , foot]) => foot())]);
+}
+
+function showDirections() {
+  const parts = directionRows();
+  showTable(find("directions"), directionColumns(), parts);
   for (const name of ["outbound", "inbound", "local"]) {
-    const part = parts.find((one) => one.name === name);
-    find(name).textContent = minutes(part?.seconds ?? 0);
-    find(`${name}-note`).textContent = part ? count(part.calls, "call") + (rounding && calls ? `; ${minutes(part.rounded)} at ${rounding}` : "") : "no calls";
+    const part = parts.find((one) => one.name === name), counted = minutes(part?.seconds ?? 0);
+    const isRounded = rounding && calls;
+    find(name).textContent = isRounded ? minutes(roundedOf(roundedDays(), [name])) : counted;
+    find(`${name}-note`).textContent = !part ? "no calls"
+      : `${isRounded ? `rounded up ${rounding}; counted: ${counted}; ` : rounding ? "not rounded yet; " : ""}${count(part.calls, "call")}`;
   }
 }
 
-const dayColumns = () => [
-  ["Day", (row) => weekday(row.day), () => "Month"],
-  ["Outbound min", (row) => minutes(row.outbound), () => minutes(sum(rows, "outbound"))],
-  ["Minutes", (row) => minutes(row.seconds), () => minutes(sum(rows, "seconds"))],
-  ["Calls", (row) => whole(row.calls), () => whole(sum(rows, "calls"))],
-  ["Not answered", (row) => whole(row.missed), () => whole(sum(rows, "missed"))],
-  ["Peak", (row) => whole(row.peak), () => whole(highest(rows, "peak").peak)],
-];
-
-function showDays() {
-  const columns = dayColumns();
-  fillHead(find("days"), columns.map(([head]) => ({ head })));
-  fillRows(find("days").tBodies[0], rows.map((row) => columns.map(([, text]) => text(row))));
-  fillRows(find("days").tFoot, [columns.map(([, , foot]) => foot())]);
+function dayColumns() {
+  const roundedColumn = (head, csv, names) => (rounding
+    ? [column(head && `${head} ${rounding}`, csvRounded(csv), (row) => roundedOf([row.day], names), writeRounded)] : []);
+  const inFile = (name) => [column("", `${name}_seconds`, (row) => row[name], whole), ...roundedColumn("", `${name}_seconds`, [name])];
+  return [
+    column("Day", "day", (row) => row.day, weekday, () => "Month"),
+    column("Outbound minutes", "outbound_seconds", (row) => row.outbound, minutes),
+    ...roundedColumn("Outbound", "outbound_seconds", ["outbound"]),
+    ...["inbound", "local", "other"].flatMap(inFile),
+    column("All minutes", "seconds", (row) => row.seconds, minutes),
+    ...roundedColumn("", "seconds", NAMES),
+    column("Calls", "calls", (row) => row.calls, whole),
+    column("", "answered", (row) => row.answered, whole),
+    column("Not answered", "not_answered", (row) => row.missed, whole),
+    column(PEAK, "peak", (row) => row.peak, whole, (all) => whole(highest(all, "peak").peak)),
+  ];
 }
 
 function showTiles() {
@@ -129,9 +153,9 @@ function showTiles() {
   const texts = {
     calls: whole(all), "calls-note": `${whole(answered)} answered (${percent(answered, all)})`,
     missed: whole(missed), "missed-note": `${percent(missed, all)} of the calls`,
-    peak: whole(peak.peak), "peak-note": peak.peak ? `on ${dayName(peak.day)}, ${peak.when}` : "",
+    peak: whole(peak.peak), "peak-note": peak.peak ? between(peak.start, peak.stop) : "",
   };
-  if (calls?.knowsMissed) texts["missed-note"] += `; ${whole(calls.missed)} by FusionPBX's missed_call`;
+  if (calls?.knowsMissed) texts["missed-note"] += ` (FusionPBX itself calls ${whole(calls.missed)} missed)`;
   for (const [id, text] of Object.entries(texts)) find(id).textContent = text;
 }
 
@@ -144,34 +168,36 @@ function drawPlots() {
   draw(plots.peak, rows, `At most ${count(peak.peak, "call")} at once.`, (row) => row.peak);
 }
 
-function showDestinations(rounding) {
+const destinationColumns = () => [
+  column("Number called", "destination_number", (row) => row.number, (number) => number ?? "none"),
+  column("Calls", "calls", (row) => row.calls, whole),
+  column("Minutes", "seconds", (row) => row.seconds, minutes),
+  ...(rounding ? [column(rounding, csvRounded(), (row) => row.rounded[rounding], minutes)] : []),
+];
+
+function showDestinations() {
   const table = find("destinations"), all = calls?.destinations ?? [], top = all.slice(0, TOP);
-  table.hidden = !top.length;
-  fillHead(table, [{ head: "Number called" }, { head: "Calls" }, { head: "Minutes" }, ...(rounding ? [{ head: rounding }] : [])]);
-  const drawn = fillRows(table.tBodies[0], top.map(({ number, calls: made, seconds, rounded }) => [
-    number ?? "none", whole(made), minutes(seconds), ...(rounding ? [minutes(rounded[rounding])] : []),
-  ]));
+  table.hidden = find("save-destinations").hidden = !top.length;
+  const drawn = showTable(table, destinationColumns(), top);
   top.forEach(({ seconds }, index) => drawn[index].style.setProperty("--share-of", seconds / (top[0].seconds || 1)));
   if (calls) {
     find("destinations-note").textContent = !top.length ? "No outbound calls."
-      : all.length > TOP ? `The ${TOP} of ${whole(all.length)} numbers that outbound calls talked to longest.`
+      : all.length > TOP ? `The ${TOP} of ${whole(all.length)} numbers that outbound calls talked to longest. The file has all of them.`
         : "All numbers that outbound calls went to, the longest talks first.";
   }
 }
 
-export function showMonth(found, name, rounding) {
-  [rows, domain, calls] = [found, name, null];
+export function showMonth(found, parts, round) {
+  [rows, fileParts, calls] = [found, parts, null];
   showTiles();
-  showDirections(rounding);
-  showDays();
+  showRounding(round);
   drawPlots();
-  showDestinations(rounding);
 }
 
 /** Adds what the calls tell. They must be those of the totals, unless some were stored in between. */
-export function showCalls(found, rounding, least, most) {
+export function showCalls(found, least, most) {
   if (found.calls < least || found.calls > most) {
-    throw new ApiError(0, `${count(found.calls, "call")} came, but call_totals counts ${whole(least)}, so what they tell is not shown.`);
+    throw new ApiError(0, `${count(found.calls, "call")} came, but there are ${whole(least)}, so what they tell is not shown.`);
   }
   calls = found;
   showTiles();
@@ -180,9 +206,13 @@ export function showCalls(found, rounding, least, most) {
 
 export const hasCalls = () => calls !== null;
 
-export function showRounding(rounding) {
-  showDirections(rounding);
-  showDestinations(rounding);
+/** Shows the month by another rounding. Until the calls are there its files cannot be had. */
+export function showRounding(round) {
+  rounding = round;
+  showDirections();
+  showTable(find("days"), dayColumns(), rows);
+  showDestinations();
+  find("save-days").disabled = find("save-directions").disabled = Boolean(rounding) && !calls;
 }
 
 export function clearMonth() {
@@ -195,8 +225,10 @@ export function clearMonth() {
   for (const plot of Object.values(plots)) draw(plot, [], "", () => 0);
 }
 
-find("save-days").addEventListener("click", () => {
-  const head = ["day", "outbound_seconds", "inbound_seconds", "local_seconds", "other_seconds", "seconds", "calls", "answered", "not_answered", "peak"];
-  const names = ["day", ...NAMES, "seconds", "calls", "answered", "missed", "peak"];
-  saveTable(["days", domain, rows[0].day.slice(0, 7)], [head, ...rows.map((row) => names.map((name) => row[name]))]);
-});
+function saveOnClick(name, columnsOf, rowsOf) {
+  find(`save-${name}`).addEventListener("click", () => saveTable([name, ...fileParts, rounding], fileRows(columnsOf(), rowsOf())));
+}
+
+saveOnClick("directions", directionColumns, directionRows);
+saveOnClick("days", dayColumns, () => rows);
+saveOnClick("destinations", destinationColumns, () => calls.destinations);

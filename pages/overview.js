@@ -2,7 +2,7 @@
 import { addMonths, change, count, minutes, monthName, percent, whole } from "./format.js";
 import { saveTable } from "./files.js";
 import { readBatches } from "./session.js";
-import { fillHead, fillRows, makeLink, sum } from "./table.js";
+import { PEAK, fileRows, fillHead, fillRows, makeLink, sum } from "./table.js";
 
 const PAGE = 50; // rows that are drawn at once
 const PEAKS_AT_ONCE = 300; // domains whose peaks are worked out without being asked for
@@ -14,7 +14,7 @@ const table = find("domain-rows");
 let rows = []; // of the month that is shown
 let hasOther = false, hasPeaks = false;
 let first = 0; // of the page
-let view = null; // month, find, sort; and how to change them
+let view = null; // month, find, sort; how to change them; and how its files are called
 
 const emptyRow = (name, uuid, key) => ({
   name, uuid, key, calls: 0, answered: 0, seconds: 0, before: 0, callsBefore: 0, outbound: 0, inbound: 0, local: 0, other: 0, peak: 0,
@@ -86,23 +86,27 @@ const minutesColumn = (name, head) => ({
   name, head, csv: `${name}_seconds`, value: (row) => row[name], text: (row) => minutes(row[name]), foot: (shown) => minutes(sum(shown, name)),
 });
 
+const peakOf = (shown) => (shown.length === 1 ? whole(shown[0].peak)
+  : Object.assign(document.createElement("span"), { textContent: "–", title: "The peaks of several domains cannot be added." }));
+
 function columns() {
   const total = sum(rows, "seconds");
   return [
     { name: "domain", head: "Domain", csv: "domain", value: (row) => row.name, foot: (shown) => count(shown.length, "domain"),
       text: (row) => (row.key === null ? row.name : makeLink(row.name, view.link({ domain: row.key, find: "", sort: "" }))) },
-    minutesColumn("outbound", "Outbound min"), minutesColumn("inbound", "Inbound min"), minutesColumn("local", "Local min"),
-    ...(hasOther ? [minutesColumn("other", "Other min")] : []),
-    { ...minutesColumn("seconds", "Minutes"), name: "minutes", csv: "seconds" },
+    { ...minutesColumn("seconds", "All minutes"), name: "minutes", csv: "seconds" },
+    minutesColumn("outbound", "Outbound minutes"), minutesColumn("inbound", "Inbound minutes"), minutesColumn("local", "Internal minutes"),
+    ...(hasOther ? [minutesColumn("other", "Other minutes")] : []),
     { name: "share", head: "Share", value: (row) => row.seconds, text: (row) => percent(row.seconds, total),
       foot: (shown) => percent(sum(shown, "seconds"), total) },
-    { name: "change", head: "Change", csv: "seconds_month_before", value: (row) => row.before,
+    // A part of a month is not compared with a whole one.
+    ...(view.unfinished ? [] : [{ name: "change", head: "Change", csv: "seconds_month_before", value: (row) => row.before,
       order: (row) => (row.before ? row.seconds / row.before : row.seconds ? Infinity : -1),
-      text: (row) => change(row.seconds, row.before), foot: (shown) => change(sum(shown, "seconds"), sum(shown, "before")) },
+      text: (row) => change(row.seconds, row.before), foot: (shown) => change(sum(shown, "seconds"), sum(shown, "before")) }]),
     { name: "calls", head: "Calls", csv: "calls", value: (row) => row.calls, text: (row) => whole(row.calls), foot: (shown) => whole(sum(shown, "calls")) },
     { name: "answered", head: "Answered", csv: "answered", value: (row) => row.answered, text: (row) => whole(row.answered),
       foot: (shown) => whole(sum(shown, "answered")) },
-    ...(hasPeaks ? [{ name: "peak", head: "Peak", csv: "peak", value: (row) => row.peak, text: (row) => whole(row.peak), foot: () => "–" }] : []),
+    ...(hasPeaks ? [{ name: "peak", head: PEAK, csv: "peak", value: (row) => row.peak, text: (row) => whole(row.peak), foot: peakOf }] : []),
   ];
 }
 
@@ -143,14 +147,14 @@ function render() {
   fillRows(table.tBodies[0], found.slice(first, first + PAGE).map((row) => all.map((one) => one.text(row))));
   fillRows(table.tFoot, found.length ? [all.map((one) => one.foot(found))] : []);
   const last = Math.min(first + PAGE, found.length);
-  find("shown").textContent = found.length > PAGE ? `${whole(first + 1)} to ${whole(last)} of ${whole(found.length)}` : found.length ? "" : `No domain is called ${view.find}.`;
+  find("shown").textContent = found.length > PAGE ? `${whole(first + 1)} to ${whole(last)} of ${whole(found.length)}` : found.length ? "" : `No domain's name contains ${view.find}.`;
   find("page-back").hidden = find("page-on").hidden = found.length <= PAGE;
   find("page-back").disabled = !first;
   find("page-on").disabled = last === found.length;
   find("peaks").hidden = hasPeaks || wantsPeaks();
   const silent = rows.filter((row) => !row.calls && !row.callsBefore).length;
   const before = monthName(addMonths(view.month, -1));
-  find("domains-note").textContent = `Change compares the minutes with ${view.unfinished ? `all of ${before}; this month is not over yet` : `those of ${before}`}.`
+  find("domains-note").textContent = (view.unfinished ? `This month is not over yet, so it is not compared with ${before}.` : `Change compares the minutes with those of ${before}.`)
     + (silent ? ` ${count(silent, "more domain has", "more domains have")} no calls in either month; Find shows them.` : "");
 }
 
@@ -168,8 +172,8 @@ find("page-on").addEventListener("click", () => {
   render();
 });
 find("save-domains").addEventListener("click", () => {
-  const all = columns().filter((column) => column.csv);
-  saveTable(["domains", view.month], [all.map((column) => column.csv), ...chosen(columns()).found.map((row) => all.map((column) => column.value(row)))]);
+  const all = columns();
+  saveTable(["domains", ...view.fileParts], fileRows(all, chosen(all).found));
 });
 find("find").addEventListener("input", () => view.change({ find: find("find").value }));
 find("find").addEventListener("keydown", (event) => {

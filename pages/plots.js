@@ -35,7 +35,7 @@ function makePlot(id, series, ticks = {}) {
 }
 
 export const plots = {
-  minutes: makePlot("minutes-plot", [["outbound", "Outbound"], ["inbound", "Inbound"], ["local", "Local"], ["other", "Other"]]),
+  minutes: makePlot("minutes-plot", [["outbound", "Outbound"], ["inbound", "Inbound"], ["local", "Internal"], ["other", "Other"]]),
   calls: makePlot("calls-plot", [["answered", "Answered"], ["missed", "Not answered"]], { precision: 0 }),
   peak: makePlot("peak-plot", [["peak", "Calls at once"]], { precision: 0 }),
 };
@@ -72,7 +72,7 @@ export function draw(plot, rows, words, valueOf) {
 // A canvas follows neither the paper's size nor its colour by itself.
 addEventListener("beforeprint", () => {
   paint(LIGHT);
-  for (const plot of Object.values(plots)) plot.resize(330, 112);
+  for (const plot of Object.values(plots)) plot.resize(280, 112);
 });
 addEventListener("afterprint", () => {
   paintScreen();

@@ -153,13 +153,13 @@ function show(name) {
   find("login").elements.password.value = "";
 }
 
-/** Back to the form, with a reason. */
-export function end(reason = "") {
+/** Back to the form, with a reason, and to the field where it goes on. */
+export function end(reason = "", field = "email") {
   closed();
   token = null;
   show("");
   find("login-error").textContent = reason;
-  find("login").elements.email.focus();
+  find("login").elements[field].focus();
 }
 
 /** Makes a token that was pasted the page's. */
@@ -221,7 +221,7 @@ export function connect(opened, ended) {
     try {
       await logIn(find("login"));
     } catch (error) {
-      return end(error.message);
+      return end(error.message, "password");
     } finally {
       button.disabled = false;
     }

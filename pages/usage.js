@@ -2,13 +2,13 @@
 //
 // What is shown stands in the URL's fragment (month, domain, tz, calls, round, find, sort), so that a link shows the same
 // view and Back leads back. Controls change the fragment, and whatever changes it leads to follow().
-import { addMonths, count, daysOf, monthName, today, whole } from "./format.js";
+import { addMonths, count, daysOf, monthName, today, whole, zoneName } from "./format.js";
 import { saveCalls } from "./files.js";
 import { Job } from "./job.js";
 import { clearMonth, hasCalls, readCalls, readDays, showCalls, showMonth, showRounding } from "./month.js";
 import { activeRows, clearOverview, readOverview, readPeaks, showOverview, showPage, wantsPeaks } from "./overview.js";
 import { connect, readBatches, readJson } from "./session.js";
-import { sum } from "./table.js";
+import { makeLink, sum } from "./table.js";
 
 const CALLS_AT_ONCE = 200_000; // a month of more calls is read call by call only when that is asked for
 const FILE_FIELDS = "xml_cdr_uuid,domain_name,direction,start_stamp,answer_stamp,end_stamp,duration,billsec,caller_id_name,"
@@ -55,7 +55,8 @@ function change(changes) {
 }
 
 const isSame = (a, b) => ["month", "domain", "tz", "calls"].every((name) => a[name] === b[name]);
-const zoneName = (view) => view.zone || "the service's time zone";
+/** How the files of a view are called: what tells two of them apart is in the name. */
+const filePartsOf = (view) => [view.domain, view.month, view.calls === "all" ? "every-record" : "each-conversation-once", zoneName(view.zone)];
 const domainOf = (view) => domains.find(({ key }) => key === view.domain);
 const nameOf = (view) => `${view.domain ? domainOf(view)?.domain_name ?? view.domain : "All domains"}, ${monthName(view.month)}`;
 
@@ -97,13 +98,18 @@ function startReading() {
   find("report").setAttribute("aria-busy", "true");
 }
 
+// A field opens the keyboard of a phone, so there nothing but the heading takes the focus by itself.
+const hasDesk = () => matchMedia("(pointer: fine) and (min-width: 600px)").matches;
+
 /** Where the keyboard goes on, when what it was at has left the page. */
-function takeFocus(place) {
-  if (document.activeElement === document.body && matchMedia("(pointer: fine)").matches) place.focus({ preventScroll: true });
+function takeFocus(field) {
+  if (document.activeElement !== document.body) return;
+  if (field && hasDesk()) field.focus({ preventScroll: true });
+  else find("title").focus();
 }
 
-function rest(sentence) {
-  if (sentence) reading.say(sentence);
+function rest(...said) {
+  if (said.length) reading.say(...said);
   find("report").style.minHeight = "";
   find("report").setAttribute("aria-busy", "false");
 }
@@ -111,9 +117,11 @@ function rest(sentence) {
 function showFrame(view) {
   find("actions").hidden = false;
   find("save-calls").hidden = !view.domain;
-  find("meaning").textContent = `A call counts on the day on which it ended, in ${zoneName(view)}. Minutes are those from the answer on, not rounded`
-    + " unless it says so. Not answered is every call without any; FusionPBX's own missed_call includes calls that voicemail took, and leaves out others."
-    + (view.calls === "all" ? " Every record counts, so a conversation may count several times." : " Billable is one leg of each conversation that can cost money (billable_only).");
+  find("meaning").textContent = `A call counts on the day on which it ended (time zone ${zoneName(view.zone) || "of the PBX"}). Minutes count from the moment`
+    + " of the answer. A call that nobody answered has 0 minutes; FusionPBX counts missed calls differently. "
+    + (view.calls === "all" ? "Every record: each leg of a call is counted by itself, so a conversation may count several times."
+      : "Each conversation once: of a call that rang several phones only one record counts. This does not say that it costs money.")
+    + " Each figure is rounded to a tenth by itself, so sums may differ in the last digit; the files have exact seconds.";
 }
 
 /** Shows what the fragment says; reads only what is not on the page already. */
@@ -121,8 +129,8 @@ function follow() {
   let view = readFragment();
   if (!view.domain && domains.length === 1) view = { ...view, domain: domains[0].key };
   fillControls(view);
-  document.title = `${nameOf(view)} · Usage · CDR API`;
-  find("title").textContent = nameOf(view);
+  find("title").textContent = domains.length ? nameOf(view) : "No domain yet";
+  document.title = `${find("title").textContent} · Usage · CDR API`;
   if (shown && isSame(shown, view)) {
     shown = view;
     if (view.domain) showRounding(view.round);
@@ -133,12 +141,18 @@ function follow() {
   load(view);
 }
 
-const listView = (view) => ({ ...view, change, link: makeFragment });
+const listView = (view) => ({ ...view, change, link: makeFragment, fileParts: filePartsOf(view) });
 
+/** Why there is nothing to read: a sentence, and what may stand behind it. */
 function findNothing(view) {
-  if (!domains.length) return `This account may read no domain yet. The operator of the PBX grants one with: flask user grant ${find("who").textContent} DOMAIN`;
-  if (view.domain && !domainOf(view)) return `This account reads no domain called ${view.domain}.`;
-  return view.month > currentMonth(view.zone) ? `${monthName(view.month)} has not begun yet.` : "";
+  const current = currentMonth(view.zone), email = find("who").textContent;
+  if (!domains.length) {
+    const who = email.includes("@") ? email : "EMAIL"; // a token that was pasted tells none
+    return [`Ask the operator of the telephone system for access. The command on the PBX: cdr-api user grant ${who} DOMAIN`];
+  }
+  if (view.domain && !domainOf(view)) return [`This account reads no domain called ${view.domain}.`];
+  if (view.month <= current) return null;
+  return [`${monthName(view.month)} has not begun yet. `, makeLink(`Show ${monthName(current)}`, makeFragment({ month: current }))];
 }
 
 async function load(view) {
@@ -146,7 +160,7 @@ async function load(view) {
   if (!saving.controller) saving.say(""); // of another view
   clear();
   const nothing = findNothing(view);
-  if (nothing) return rest(nothing);
+  if (nothing) return rest(...nothing);
   startReading();
   const done = await reading.run(`Reading ${nameOf(view)} …`, () => load(view), (signal) => (view.domain ? loadMonth : loadOverview)(view, signal));
   if (reading.controller) return; // it reads another view by now
@@ -192,9 +206,9 @@ async function loadMonth(view, signal) {
   totals = sum(rows, "calls");
   shown = view;
   find("destinations-note").textContent = "";
-  showMonth(rows.slice(0, until), view.domain, view.round);
+  showMonth(rows.slice(0, until), filePartsOf(view), view.round);
   showFrame(view);
-  takeFocus(choice.month);
+  takeFocus();
 }
 
 async function loadCalls(asked) {
@@ -211,7 +225,7 @@ async function loadCalls(asked) {
     const found = await readCalls(query, signal, (read) => reading.progress(read, totals, `${whole(read)} of ${count(totals, "call")}`));
     const [{ calls: now }] = found.calls === totals ? [{ calls: totals }] : await readJson("call_totals", query, signal);
     signal.throwIfAborted();
-    showCalls(found, shown.round, totals, now);
+    showCalls(found, totals, now);
   });
   if (reading.controller || !shown) return; // it reads another view by now, or the visit is over
   if (!done) find("destinations-note").textContent = "The calls were not read.";
@@ -251,7 +265,7 @@ function close() {
 }
 
 function fillZones() {
-  const service = serviceZone ? `Service: ${serviceZone}` : "The service's";
+  const service = serviceZone ? `Of the PBX: ${zoneName(serviceZone)}` : "Of the PBX";
   choice.zone.replaceChildren(new Option(service, ""), new Option(`Browser: ${ownZone}`, ownZone));
   for (const zone of Intl.supportedValuesOf("timeZone")) if (zone !== ownZone) choice.zone.add(new Option(zone, zone));
   if (ownZone !== "UTC") choice.zone.add(new Option("UTC", "UTC"));
@@ -268,6 +282,7 @@ find("next").addEventListener("click", () => change({ month: addMonths(readFragm
 find("print").addEventListener("click", () => print());
 find("peaks").addEventListener("click", () => loadPeaks(true));
 find("read-calls").addEventListener("click", () => loadCalls(true));
-find("save-calls").addEventListener("click", () => saveCalls(saving, [shown.domain, shown.month], queryOf(shown), FILE_FIELDS));
+find("save-calls").addEventListener("click", () => saveCalls(saving, filePartsOf(shown), queryOf(shown), FILE_FIELDS));
 addEventListener("hashchange", () => domains && follow());
 connect(open, close);
+if (!find("login").hidden && hasDesk()) find("login").elements.email.focus();

@@ -128,14 +128,14 @@ def test_all_domains_of_a_month_stand_in_one_table_with_their_sum(database: Data
     shown = {row[0]: row for row in november.rows("domain-rows")}
     assert set(shown) == set(expected) == {ALPHA, BETA, ONE, LONG}
     for name, numbers in expected.items():
-        *seconds, calls, answered = numbers
-        assert shown[name][1:6] == [minutes(number) for number in seconds]
+        *by_direction, seconds, calls, answered = numbers
+        assert shown[name][1:6] == [minutes(number) for number in (seconds, *by_direction)]
         assert shown[name][8:10] == [f"{calls:,}", f"{answered:,}"]
-    totals = [sum(column) for column in zip(*expected.values(), strict=True)]
+    *by_direction, seconds, calls, answered = (sum(column) for column in zip(*expected.values(), strict=True))
     (foot,) = november.rows("domain-rows", "tFoot")
     assert foot[0] == "4 domains"
-    assert foot[1:7] == [*(minutes(number) for number in totals[:5]), "100.0%"]
-    assert foot[8:10] == [f"{number:,}" for number in totals[5:]]
+    assert foot[1:7] == [*(minutes(number) for number in (seconds, *by_direction)), "100.0%"]
+    assert foot[8:] == [f"{calls:,}", f"{answered:,}", "–"]  # peaks cannot be added
     assert "1 more domain has no calls in either month" in november.text("domains-note")
 
 
@@ -147,6 +147,12 @@ def test_a_domain_is_compared_with_its_month_before(database: Database, november
     ((change,),) = database.execute(query + HELPERS)
     shown = {row[0]: row[7] for row in november.rows("domain-rows")}
     assert shown == {ALPHA: f"{change:+.1%}", BETA: shown[BETA], ONE: "new", LONG: "new"}
+
+
+def test_a_month_that_is_not_over_is_not_compared(november: Visit) -> None:
+    november.show(month="2026-12")
+    assert "Change" not in november.rows("domain-rows", "tHead")[0]
+    assert "This month is not over yet, so it is not compared with November 2026." in november.text("domains-note")
 
 
 def test_one_request_brings_the_table(visit: Opener) -> None:
@@ -173,7 +179,7 @@ def test_the_table_is_sorted_searched_and_leads_to_a_domain_and_back(november: V
     page.get_by_label("Find").fill("NE.ex")
     assert [row[0] for row in november.rows("domain-rows")] == [ONE, NONE]
     page.get_by_label("Find").fill("nothing")
-    expect(page.get_by_text("No domain is called nothing.")).to_be_visible()
+    expect(page.get_by_text("No domain's name contains nothing.")).to_be_visible()
     page.get_by_label("Find").fill("beta")
     page.get_by_role("link", name=BETA).click()
     expect(page.get_by_role("heading", level=1)).to_have_text(f"{BETA}, November 2026")
@@ -210,6 +216,7 @@ def test_twenty_thousand_domains_are_drawn_a_page_at_a_time(make_database: Datab
         opened.page.get_by_role("button", name="Work out the peaks").click()
         opened.wait_until_read()
         assert opened.rows("domain-rows")[0][-1] == "0"  # calls without a start
+        assert opened.rows("domain-rows", "tFoot")[0][-1] == "0"
         opened.page.keyboard.press("Escape")
         opened.page.get_by_label("Find").focus()
         opened.page.keyboard.press("Enter")
@@ -259,7 +266,7 @@ def test_a_domains_month_shows_what_the_database_holds(
     last = max(days)  # the month is not over: days that are still to come have no rows of zeros
     assert [row[1:] for row in shown] == expected[: len(shown)]
     assert last <= len(shown) <= 30
-    assert shown[0][0] == "1 Sun"
+    assert shown[0][0] == "Sun, Nov 1"
     drawn = november.page.evaluate("Chart.getChart('calls-plot').data.datasets.map(set => set.data)")
     query = f"""SELECT count(*) FILTER (WHERE billsec > 0), count(*) FILTER (WHERE NOT coalesce(billsec, 0) > 0)
                 FROM v_xml_cdr WHERE domain_name = '{ALPHA}' AND {IN_NOVEMBER} AND {condition}"""
@@ -295,25 +302,49 @@ def test_not_answered_stands_beside_what_fusionpbx_calls_missed(database: Databa
     ((unanswered, missed),) = database.execute(query)
     assert unanswered != missed
     assert november.text("missed") == f"{unanswered:,}"
-    assert f"{missed:,} by FusionPBX's missed_call" in november.text("missed-note")
+    assert f"(FusionPBX itself calls {missed:,} missed)" in november.text("missed-note")
+
+
+DIRECTIONS = {"outbound": "Outbound", "inbound": "Inbound", "local": "Internal"}
+
+
+def day_of(row: list[str]) -> str:
+    """The day of November that a row of the table speaks of."""
+    return f"2026-11-{int(row[0].split()[-1]):02}"
+
+
+def round_days(database: Database, rounding: str) -> dict[tuple[str, str], int]:
+    """The seconds of each day of November and direction, each call rounded up by itself."""
+    first, step = map(int, rounding.split("/"))
+    expected: dict[tuple[str, str], int] = defaultdict(int)
+    query = f"""SELECT end_stamp::date::text, direction, billsec FROM v_xml_cdr
+                WHERE domain_name = '{ALPHA}' AND {IN_NOVEMBER} AND billsec > 0 AND NOT {HELPERS}"""
+    for day, direction, billsec in database.execute(query):
+        rounded = first
+        while rounded < billsec:
+            rounded += step
+        expected[day, direction] += rounded
+    return expected
 
 
 @pytest.mark.parametrize("rounding", ["60/60", "30/6", "6/6", "1/1"])
 def test_every_call_is_rounded_up_by_itself(database: Database, november: Visit, rounding: str) -> None:
     november.show(**ALPHAS)
     november.page.get_by_label("Round up").select_option(rounding)
-    first, step = map(int, rounding.split("/"))
-    expected: dict[str, int] = defaultdict(int)
-    query = f"SELECT direction, billsec FROM v_xml_cdr WHERE domain_name = '{ALPHA}' AND {IN_NOVEMBER} AND billsec > 0"
-    for direction, billsec in database.execute(f"{query} AND NOT {HELPERS}"):
-        rounded = first
-        while rounded < billsec:
-            rounded += step
-        expected[direction] += rounded
-    shown = {row[0].lower(): row[-1] for row in november.rows("directions")}
-    assert shown == {direction: minutes(seconds) for direction, seconds in expected.items()}
-    assert november.rows("directions", "tFoot")[0][-1] == minutes(sum(expected.values()))
-    assert f"round={first}%2F{step}" in november.page.url
+    expected = round_days(database, rounding)
+    of_month: dict[str, int] = defaultdict(int)
+    for (_, direction), seconds in expected.items():
+        of_month[direction] += seconds
+    shown = {row[0]: row[-1] for row in november.rows("directions")}
+    assert shown == {DIRECTIONS[direction]: minutes(seconds) for direction, seconds in of_month.items()}
+    assert november.rows("directions", "tFoot")[0][-1] == minutes(sum(of_month.values()))
+    for direction, counted in zip(DIRECTIONS, sum_domains(database)[ALPHA], strict=False):
+        assert november.text(direction) == minutes(of_month[direction])
+        assert f"rounded up {rounding}; counted: {minutes(counted)}; " in november.text(f"{direction}-note")
+    for row in november.rows("days"):
+        assert row[2] == minutes(expected[day_of(row), "outbound"])
+    assert november.rows("days", "tFoot")[0][2] == minutes(of_month["outbound"])
+    assert f"round={rounding.replace('/', '%2F')}" in november.page.url
 
 
 def test_what_was_called_longest_is_shown(database: Database, november: Visit) -> None:
@@ -334,7 +365,7 @@ def test_what_was_called_longest_is_shown(database: Database, november: Visit) -
     [
         ({"month": "2020-02", "domain": ALPHA}, "No calls ended in February 2020."),
         ({"month": "2020-02"}, "No calls of any domain ended in February 2020."),
-        ({"month": "2199-12", "domain": ALPHA}, "December 2199 has not begun yet."),
+        ({"month": "2199-12", "domain": ALPHA}, "December 2199 has not begun yet. Show December 2026"),
         ({"month": "2026-11", "domain": "x.example.com"}, "This account reads no domain called x.example.com."),
     ],
     ids=["a month", "any domain", "a future month", "a domain"],
@@ -345,6 +376,13 @@ def test_nothing_to_show_is_one_sentence(november: Visit, fragment: dict[str, st
     assert not november.page.locator("#numbers").is_visible()
     assert not november.page.locator("#domains").is_visible()
     assert november.rows("days") == november.rows("domain-rows") == []
+
+
+def test_from_a_future_month_a_link_leads_to_the_present_one(november: Visit) -> None:
+    november.show(month="2199-12")
+    november.page.get_by_role("link", name="Show December 2026").click()
+    november.wait_until_read()
+    expect(november.page.get_by_role("heading", level=1)).to_have_text("All domains, December 2026")
 
 
 def test_one_call_is_one_call(november: Visit) -> None:
@@ -363,8 +401,10 @@ def test_an_account_without_domains_is_told_who_grants_them(database: Database, 
     opened = visit("/api/usage")
     opened.log_in("none@example.com")
     opened.wait_until_read()
-    expect(opened.page.get_by_role("status").first).to_contain_text(
-        "The operator of the PBX grants one with: flask user grant none@example.com DOMAIN"
+    expect(opened.page.get_by_role("heading", level=1)).to_have_text("No domain yet")
+    expect(opened.page.get_by_role("status").first).to_have_text(
+        "Ask the operator of the telephone system for access."
+        " The command on the PBX: cdr-api user grant none@example.com DOMAIN"
     )
     assert not opened.page.get_by_label("Month", exact=True).is_visible()
 
@@ -451,6 +491,10 @@ def test_of_an_answer_that_breaks_off_nothing_is_shown(visit: Opener, relay: Rel
     expect(opened.page.get_by_role("alert").filter(has_text="The answer broke off before its end")).to_be_visible()
     assert opened.rows("destinations") == []
     assert [row[-1] for row in opened.rows("directions")] == ["…"]
+    assert opened.text("outbound-note") == "not rounded yet; 20,000 calls"
+    for name in ("days", "directions"):
+        expect(opened.page.locator(f"#save-{name}")).to_be_disabled()
+    expect(opened.page.locator("#save-destinations")).to_be_hidden()
     assert opened.text("destinations-note") == "The calls were not read."
 
 
@@ -490,13 +534,19 @@ def read_csv(download: Download) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(download.path().read_text("utf-8"), newline="")))
 
 
+def save(opened: Visit, name: str) -> Download:
+    """What the button of a table gives."""
+    with opened.page.expect_download() as download:
+        opened.page.locator(f"#save-{name}").click()
+    return download.value
+
+
 def test_the_tables_are_downloaded_in_whole_numbers(database: Database, november: Visit, client: Client) -> None:
     november.show(**NOVEMBER)
-    with november.page.expect_download() as download:
-        november.page.get_by_role("button", name="Download CSV").click()
-    assert download.value.suggested_filename == "domains_2026-11.csv"
+    domains = save(november, "domains")
+    assert domains.suggested_filename == "domains_2026-11_each-conversation-once_UTC.csv"
     expected = sum_domains(database)
-    for row in read_csv(download.value):
+    for row in read_csv(domains):
         outbound, inbound, local, other, seconds, calls, answered = expected.pop(row["domain"])
         shown = [row[f"{name}_seconds"] for name in ("outbound", "inbound", "local", "other")]
         assert [*shown, row["seconds"], row["calls"], row["answered"]] == [
@@ -504,15 +554,49 @@ def test_the_tables_are_downloaded_in_whole_numbers(database: Database, november
         ]
     assert expected == {}
     november.show(**ALPHAS)
-    with november.page.expect_download() as download:
-        november.page.get_by_role("button", name="Download CSV").click()
-    days = {
-        row["day"]: [int(row[name]) for name in ("calls", "answered", "seconds")] for row in read_csv(download.value)
-    }
+    saved = save(november, "days")
+    assert saved.suggested_filename == f"days_{ALPHA}_2026-11_each-conversation-once_UTC.csv"
+    days = {row["day"]: [int(row[name]) for name in ("calls", "answered", "seconds")] for row in read_csv(saved)}
     totals = client.calls("/api/call_totals", **RANGE, group_by="day", billable_only="true")
     assert {day: numbers for day, numbers in days.items() if numbers[0]} == {
         row["day"]: [row["calls"], row["answered"], row["billsec"]] for row in totals
     }
+
+
+def test_a_name_of_a_file_tells_which_calls_and_which_zone(november: Visit) -> None:
+    november.show(**ALPHAS, calls="all", tz="Europe/Berlin", round="30/6")
+    assert save(november, "days").suggested_filename == f"days_{ALPHA}_2026-11_every-record_Europe-Berlin_30-6.csv"
+
+
+def test_what_is_rounded_up_is_in_the_files_too(database: Database, november: Visit, client: Client) -> None:
+    november.show(**ALPHAS, round="60/60")
+    expected = round_days(database, "60/60")
+    for row in read_csv(save(november, "days")):
+        rounded = {direction: expected[row["day"], direction] for direction in DIRECTIONS}
+        assert {name: int(row[f"{name}_seconds_60_60"]) for name in DIRECTIONS} == rounded
+        assert int(row["seconds_60_60"]) == sum(rounded.values())
+    totals = client.calls("/api/call_totals", **RANGE, group_by="direction", billable_only="true", domain_name=ALPHA)
+    assert {
+        row["direction"]: [int(row[name]) for name in ("calls", "answered", "seconds", "seconds_60_60")]
+        for row in read_csv(save(november, "directions"))
+    } == {
+        row["direction"]: [
+            row["calls"], row["answered"], row["billsec"],
+            sum(seconds for (_, direction), seconds in expected.items() if direction == row["direction"]),
+        ]
+        for row in totals
+    }  # fmt: skip
+    called: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for call in client.call_range(*RANGE.values(), billable_only="true", direction="outbound"):
+        seconds = call["billsec"]
+        counted = called[call["destination_number"]]
+        called[call["destination_number"]] = [
+            have + more for have, more in zip(counted, (1, seconds, math.ceil(seconds / 60) * 60), strict=True)
+        ]
+    assert {
+        row["destination_number"].removeprefix("'"): [int(row[name]) for name in ("calls", "seconds", "seconds_60_60")]
+        for row in read_csv(save(november, "destinations"))
+    } == called
 
 
 FILE_FIELDS = (
@@ -540,12 +624,12 @@ def test_calls_are_downloaded_as_the_route_sends_them(november: Visit, client: C
     november.show(**ALPHAS)
     with november.page.expect_download() as download:
         november.page.get_by_role("button", name="Download calls").click()
-    assert download.value.suggested_filename == f"calls_{ALPHA}_2026-11.csv"
+    assert download.value.suggested_filename == f"calls_{ALPHA}_2026-11_each-conversation-once_UTC.csv"
     expected = download_of(client, ALPHA)
     assert download.value.path().read_bytes() == expected
     assert b"\n" in expected
     calls = len(list(csv.reader(io.StringIO(expected.decode(), newline="")))) - 1
-    expect(november.page.locator("#saving")).to_contain_text(f"{calls} calls, as many as call_totals counts.")
+    expect(november.page.locator("#saving")).to_contain_text(f"{calls} calls, complete.")
 
 
 # A file of the browser's own, since nobody is there to choose one.
@@ -566,7 +650,7 @@ def test_calls_are_streamed_to_a_file_where_the_browser_can(visit: Opener, clien
     opened = open_usage(visit, {"month": "2026-11", "domain": LONG})
     opened.page.evaluate(PICKER)
     opened.page.get_by_role("button", name="Download calls").click()
-    expect(opened.page.locator("#saving")).to_contain_text("20,000 calls, as many as call_totals counts.")
+    expect(opened.page.locator("#saving")).to_contain_text("20,000 calls, complete.")
     assert opened.page.evaluate("readChosen()") == download_of(client, LONG).decode()
 
 
@@ -595,7 +679,7 @@ def test_a_download_of_too_few_calls_is_thrown_away(visit: Opener) -> None:
     opened.page.route("**/call_range?*", lambda route: route.fulfill(body=cut, content_type="text/csv"))
     opened.page.get_by_role("button", name="Download calls").click()
     expect(opened.page.locator("#saving").get_by_role("alert")).to_contain_text(
-        "The file was thrown away: 1 call came, but call_totals counts"
+        "The file was thrown away: 1 call came, but there are"
     )
     assert opened.page.evaluate("readChosen()") == ""
 
@@ -608,7 +692,7 @@ def test_a_link_shows_the_same_view_and_holds_no_token(visit: Opener) -> None:
     opened.page.get_by_label("Time zone").select_option("Asia/Tokyo")
     opened.wait_until_read()
     opened.page.get_by_label("Round up").select_option("60/60")
-    opened.page.get_by_label("Which calls").select_option("Every record")
+    opened.page.get_by_label("Which calls").select_option("Every record, leg by leg")
     opened.wait_until_read()
     link = opened.page.url
     assert "cdr_" not in link
@@ -623,12 +707,12 @@ def test_a_link_shows_the_same_view_and_holds_no_token(visit: Opener) -> None:
 
 def test_months_are_those_of_the_zone_that_is_named(database: Database, november: Visit, client: Client) -> None:
     november.show(**ALPHAS)
-    assert "in UTC." in november.text("meaning")
+    assert "(time zone UTC)" in november.text("meaning")
     november.show(**ALPHAS, tz="Pacific/Auckland")
-    assert "in Pacific/Auckland." in november.text("meaning")
+    assert "(time zone Pacific/Auckland)" in november.text("meaning")
     totals = client.calls("/api/call_totals", **RANGE, tz="Pacific/Auckland", group_by="day", billable_only="true")
-    shown = {row[0].split()[0]: row[3] for row in november.rows("days") if row[3] != "0"}
-    assert shown == {str(int(row["day"][-2:])): f"{row['calls']:,}" for row in totals}
+    shown = {day_of(row): row[3] for row in november.rows("days") if row[3] != "0"}
+    assert shown == {row["day"]: f"{row['calls']:,}" for row in totals}
 
 
 def test_numbers_dates_and_axes_are_those_of_the_browsers_language(database: Database, visit: Opener) -> None:
@@ -636,7 +720,7 @@ def test_numbers_dates_and_axes_are_those_of_the_browsers_language(database: Dat
     seconds = sum_domains(database)[ALPHA][4]
     in_german = minutes(seconds).translate(str.maketrans(",.", ".,"))
     assert opened.rows("days", "tFoot")[0][2] == in_german
-    assert opened.rows("days")[0][0] == "So., 1."
+    assert opened.rows("days")[0][0] == "So., 1. Nov."
     expect(opened.page.get_by_role("heading", level=1)).to_have_text(f"{ALPHA}, November 2026")
     ticks = opened.page.evaluate("(scale => scale.getLabelForValue(1234.5))(Chart.getChart('minutes-plot').scales.y)")
     assert ticks == "1.234,5"
@@ -672,7 +756,7 @@ def tab_to(page: Page, name: str) -> None:
 def test_by_keyboard_alone(visit: Opener) -> None:
     opened = visit("/api/usage#month=2026-11")
     page = opened.page
-    tab_to(page, "E-mail address")
+    expect(page.get_by_label("E-mail address").first).to_be_focused()
     page.keyboard.type(READER)
     tab_to(page, "Password")
     page.keyboard.type(PASSWORD)
@@ -681,23 +765,33 @@ def test_by_keyboard_alone(visit: Opener) -> None:
     opened.wait_until_read()
     tab_to(page, "Calls")  # a head of the table
     page.keyboard.press("Enter")
-    expect(page.get_by_role("columnheader", name="Calls")).to_have_attribute("aria-sort", "descending")
+    expect(page.get_by_role("columnheader", name="Calls", exact=True)).to_have_attribute("aria-sort", "descending")
     assert page.evaluate(FOCUSED) == "Calls"
     tab_to(page, BETA)
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading", level=1)).to_have_text(f"{BETA}, November 2026")
     opened.wait_until_read()
-    page.get_by_role("link", name="Usage").focus()
+    expect(page.get_by_role("heading", level=1)).to_be_focused()
     tab_to(page, "Previous month")
     page.keyboard.press("Enter")
     opened.wait_until_read()
     expect(page.get_by_role("heading", level=1)).to_have_text(f"{BETA}, October 2026")
 
 
+def test_on_a_phone_no_field_takes_the_focus(visit: Opener) -> None:
+    """It would open the keyboard."""
+    opened = visit("/api/usage#month=2026-11", PHONE)
+    assert opened.page.evaluate("document.activeElement === document.body")
+    opened.log_in()
+    expect(opened.page.get_by_role("heading", level=1)).to_be_focused()
+
+
 @pytest.mark.parametrize("fragment", [ALPHAS, NOVEMBER], ids=["a domain", "all domains"])
 def test_it_prints_on_one_sheet(visit: Opener, fragment: dict[str, str]) -> None:
     opened = open_usage(
-        visit, {**fragment, "month": "2026-10"} if "domain" in fragment else fragment, color_scheme="dark"
+        visit,
+        {**fragment, "month": "2026-10", "round": "60/60"} if "domain" in fragment else fragment,
+        color_scheme="dark",
     )
     for paper in ("A4", "Letter"):
         pdf = opened.page.pdf(format=paper, prefer_css_page_size=True)
