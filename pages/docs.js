@@ -77,7 +77,7 @@ function startValue(name) {
 }
 
 /** An input for a parameter or a field of a body. */
-function makeInput({ name, schema, description: text = "", required }, id) {
+function makeInput({ name, in: place, schema, description: text = "", required }, id) {
   const resolved = resolve(schema);
   const values = resolved.enum?.map(String) ?? (resolved.type === "boolean" ? ["true", "false"] : null);
   const input = values
@@ -86,7 +86,7 @@ function makeInput({ name, schema, description: text = "", required }, id) {
   if (name === "domain_name") input.setAttribute("list", "domain-names");
   const note = make("p", { className: "note", id: `${id}-${name}-note` }, ...write(text || resolved.description || ""));
   input.setAttribute("aria-describedby", note.id);
-  return make("div", {}, make("label", {}, name, ...(required ? [make("b", {}, " needed")] : []), input), note);
+  return make("div", {}, make("label", {}, name, ...(place === "header" ? [" (a header)"] : []), ...(required ? [make("b", {}, " needed")] : []), input), note);
 }
 
 /** What an input holds until somebody changes it. date, and cursor, are alternatives to from: only one is filled in. */
@@ -186,6 +186,20 @@ async function readSome(response, controller) {
   return { text, cut: false };
 }
 
+/** JSON, one member a line. Nothing but blanks changes, so that numbers stay what they are and half an answer is no error. */
+function indent(text) {
+  let depth = 0;
+  const line = () => `\n${"  ".repeat(depth)}`;
+  return text.replace(/"(?:[^"\\]|\\.)*"?|[[{]\s*[\]}]|[[{}\],:]|\s+/g, (token) => {
+    if (token === ",") return token + line();
+    if (token === ":") return `${token} `;
+    if (!/^[[{\]}]$/.test(token)) return token.trim(); // a text, an empty array or object, or blanks, which go
+    const isOpening = token === "[" || token === "{";
+    depth += isOpening ? 1 : -1;
+    return isOpening ? token + line() : line() + token;
+  });
+}
+
 async function showAnswer(place, asked, signal) {
   const controller = new AbortController();
   signal.addEventListener("abort", () => controller.abort());
@@ -194,10 +208,11 @@ async function showAnswer(place, asked, signal) {
   const { text, cut } = await readSome(response, controller);
   const seconds = (performance.now() - start) / 1000;
   const headers = [...response.headers].filter(([name]) => /^(link|x-|ratelimit|retry-after|content-type|etag)/.test(name));
+  const isJson = response.headers.get("content-type")?.startsWith("application/json");
   const size = cut ? `The first ${whole(SHOWN)} characters are shown, and the rest was not read: the line of curl gets all of it.` : "";
   place.replaceChildren(
     make("p", {}, make("strong", { className: "code" }, `${response.status} ${response.statusText}`), ` after ${whole(seconds * 1000)} ms. ${size}`),
-    make("pre", { tabIndex: 0, className: "body", role: "group", ariaLabel: "Answer" }, text),
+    make("pre", { tabIndex: 0, className: "body", role: "group", ariaLabel: "Answer" }, isJson ? indent(text) : text),
     fold("Headers of the answer", list(headers.map(([name, value]) => [name, value]))),
   );
   return response.ok;
@@ -205,7 +220,7 @@ async function showAnswer(place, asked, signal) {
 
 // A route ---------------------------------------------------------------------
 
-const MAIN = ["domain_name", "fields", "format", "cursor", "group_by"]; // beside what is needed or filled in
+const MAIN = ["domain_name", "month", "fields", "format", "cursor", "group_by"]; // beside what is needed or filled in
 
 /** The inputs of a route's parameters; main tells those that are seen at once. */
 function makeParameters({ id, parameters }) {
@@ -235,6 +250,14 @@ function makeBody({ id, operation }) {
   return [{ main: true, field: make("div", {}, make("label", {}, "Body, in JSON", area)) }];
 }
 
+/** A month stands for both ends of a range, and together they are refused. */
+function emptyRange(form) {
+  for (const name of ["from", "to", "date"]) {
+    const input = form.elements[name];
+    if (input) Object.assign(input, { value: "" }).dataset.touched = "yes";
+  }
+}
+
 function fillRoute(route) {
   const { operation, parameters, box } = route;
   const fields = [...makeBody(route), ...makeParameters(route)];
@@ -256,6 +279,7 @@ function fillRoute(route) {
   };
   form.addEventListener("input", (event) => {
     event.target.dataset.touched = "yes";
+    if (event.target.name === "month" && event.target.value) emptyRange(form);
     curl.textContent = writeCurl(readForm(form, route), operation);
   });
   form.addEventListener("submit", (event) => {
@@ -271,7 +295,7 @@ function fillRoute(route) {
     ...paragraphs(operation.description),
     ...(limited ? [make("p", { className: "note" }, `limit is set to ${TRIAL_CALLS} here, so that a trial stays small. Without it the service sends every call.`)] : []),
     form, curl,
-    ...(isOpen(operation) ? [] : [make("p", { className: "note" }, "In the line, TOKEN is what the line of POST /login sets.")]),
+    ...(isOpen(operation) ? [] : [make("p", { className: "note" }, "$TOKEN is the token; the curl line of POST /login sets it.")]),
     job.root, place, ...describeFields(operation), describeAnswers(operation)));
   route.refresh();
 }
