@@ -704,7 +704,8 @@ def call_feed() -> Response:
     horizon = feed.find_horizon(service())
     selection = select(values, fresh=True)  # after the horizon: a domain that has calls below it is seen
     _ = service().secret  # before a connection is held: it may take one of its own
-    with service().reading(account.account_id, client(), sort=True, zone=values["tz"]) as connection:
+    zone = values["tz"]
+    with service().reading(account.account_id, client(), sort=True, zone=zone, elsewhere=False) as connection:
         window, is_known = feed.read_window(service(), connection, account, selection, horizon, values)
         rows, key = read_calls(connection, window.parts(values["limit"]), values, output, window.page_before)
         stream = CallStream(service(), connection, rows, output, fields)

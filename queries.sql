@@ -472,7 +472,7 @@ SELECT {columns} FROM ({query}) AS calls;
 -- One row: pid, the process that serves us; whether an index brings the calls of a
 -- domain in the order of the key, or those of a range by its epochs; probed, whether it
 -- does so for all of the table (a part that is a foreign table, or that inherits, has none of its indexes); lockable, whether LOCK TABLE takes the table;
--- foreign, whether calls may be on another server: there is a foreign table, which a view may hide; and
+-- foreign, whether calls may be on another server: in a foreign table, which a view may hide; and
 -- doubled, whether nothing keeps a plain table, or a partition of this server, from holding a key twice.
 WITH RECURSIVE parts AS (
     SELECT c.oid, c.relkind FROM pg_class AS c WHERE c.oid = to_regclass('v_xml_cdr')
@@ -503,7 +503,9 @@ SELECT pg_backend_pid() AS pid, indexed, epochs_indexed,
                               AND (part.relkind = 'f' OR whole.relkind <> 'p')) AS probed,
        EXISTS (SELECT FROM indexes WHERE indisvalid AND columns[1:2] = ARRAY['domain_name', 'end_stamp']) AS nameless_indexed,
        coalesce((SELECT relkind IN ('r', 'p', 'v') FROM pg_class WHERE oid = to_regclass('v_xml_cdr')), true) AS lockable,
-       EXISTS (SELECT FROM pg_foreign_table) AS "foreign",
+       EXISTS (SELECT FROM pg_foreign_table AS f
+                 JOIN pg_class AS c ON c.oid = to_regclass('v_xml_cdr')
+                WHERE c.oid = f.ftrelid OR c.relkind = 'v' OR f.ftrelid IN (SELECT inhrelid FROM pg_inherits)) AS "foreign",
        EXISTS (SELECT FROM parts
                 WHERE relkind = 'r'
                   AND NOT EXISTS (SELECT FROM pg_index AS i

@@ -8,7 +8,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import psycopg
@@ -144,12 +144,13 @@ class Service:
 
     @contextmanager
     def reading(
-        self, account_id: int, client: Client, *, sort: bool, zone: str | None = None
+        self, account_id: int, client: Client, *, sort: bool, zone: str | None = None, elsewhere: bool = True
     ) -> Iterator[PooledConnection]:
         """A connection for calls in a transaction of its own; both are the block's to end or hand on.
 
         Takes the connection back if the block fails. sort: whether the planner may
-        sort instead of going through an index in its order. zone: that of stamps.
+        sort instead of going through an index in its order. zone: that of stamps. elsewhere:
+        whether calls on other servers are read.
 
         While it waits, the client is watched, and what takes longer than a second
         takes one of the worker's slots for long answers: ApiError 499 or 503.
@@ -161,7 +162,7 @@ class Service:
         _ = self.calls.codec  # before a connection is held: it may take one of its own
         connection = self.lend(self.calls, account_id, client)
         try:
-            with self.holding_foreign_calls(connection):
+            with self.holding_foreign_calls(connection) if elsewhere else nullcontext():
                 alone = connection.indexed and not sort
                 self.begin(connection, {**parameters, "account_id": account_id, "alone": alone})
             connection.silence_seconds = self.settings.statement_timeout / 1000 + LOOKUP_SECONDS

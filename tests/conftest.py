@@ -16,9 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -95,6 +96,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others += [item for item in items if item.get_closest_marker("direct")]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if item not in others]
+    seen: Counter[str] = Counter()
+    for item in items:  # schemathesis names all of its tests alike, and of those pytest-xdist runs one
+        seen[item.nodeid] += 1
+        if seen[item.nodeid] > 1:
+            item._id = replace(item.id, params=str(seen[item.nodeid]))  # noqa: SLF001
 
 
 @pytest.fixture(scope="session")
