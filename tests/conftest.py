@@ -96,6 +96,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others += [item for item in items if item.get_closest_marker("direct")]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if item not in others]
+    items.sort(key=lambda item: item.path.stem != "test_torture")  # long, and by its name among the last
     seen: Counter[str] = Counter()
     for item in items:  # schemathesis names all of its tests alike, and of those pytest-xdist runs one
         seen[item.nodeid] += 1

@@ -170,8 +170,11 @@ def written(node: Node) -> str:
     return str(node.value(f"SELECT CASE WHEN pg_is_in_recovery() THEN {replayed} ELSE {current} END"))
 
 
-def has_received(standby: Node, position: str) -> bool:
-    return bool(standby.value(f"SELECT pg_last_wal_receive_lsn() >= '{position}'"))
+def is_stuck(standby: Node) -> bool:
+    """Whether replay stands still behind what was received, as it does where a query is in its way."""
+    behind = "pg_last_wal_replay_lsn() < pg_last_wal_receive_lsn()"
+    looks = {standby.value(f"SELECT CASE WHEN {behind} THEN pg_last_wal_replay_lsn()::text END") for _ in range(10)}
+    return len(looks) == 1 and None not in looks
 
 
 def has_replayed(standby: Node, position: str) -> bool:

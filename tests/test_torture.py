@@ -1,6 +1,6 @@
 """The feed while writers, crashes and a promotion do their worst: no call is lost, none is invented.
 
-TORTURE_SECONDS is how long the writers of the first test write (20 if not said;
+TORTURE_SECONDS is how long the writers of the first test write (12 if not said;
 make torture says 600); the next two tests take less. pytest -s shows the counts.
 """
 
@@ -30,7 +30,7 @@ import demo
 from tests.conftest import Client, Database, DatabaseMaker, serve, wait_for
 from tests.servers import AWAY, Node, has_replayed, last_position, own_node, standby_of
 
-SECONDS = float(os.environ.get("TORTURE_SECONDS", "20"))
+SECONDS = float(os.environ.get("TORTURE_SECONDS", "12"))
 LESS = 0.3 * SECONDS  # for the tests behind it
 ROUNDS = max(1, int(SECONDS / 60))  # of crashes
 PACE = max(1, SECONDS / 40)  # a longer play is a slower one: every page of a poll scans the whole table
