@@ -786,7 +786,10 @@ SELECT trim('"' FROM to_json(%(from)s::timestamptz + i * %(step)s * interval '1 
 SELECT array_agg(domain_uuid::text ORDER BY domain_uuid) AS uuids,
        array_agg(name ORDER BY domain_uuid) AS names,
        array_agg(name ORDER BY domain_uuid) FILTER (WHERE is_lone) AS lone_names,
-       (SELECT max(g.grant_id) FROM {grants} AS g) AS newest_grant
+       (SELECT max(g.grant_id) FROM {grants} AS g) AS newest_grant,
+       (SELECT array_agg(given.domain_uuid::text)
+          FROM (SELECT domain_uuid FROM {grants} AS g UNION SELECT unnest(%(chosen_uuids)s::uuid[])) AS given
+         WHERE NOT EXISTS (SELECT FROM v_domains AS d WHERE d.domain_uuid = given.domain_uuid)) AS absent
   FROM (SELECT d.domain_uuid, encode(convert_to(d.domain_name, getdatabaseencoding()), 'hex') AS name,
                bool_and(other.domain_uuid IS NULL) AS is_lone
           FROM {readable} AS d
@@ -854,9 +857,15 @@ RETURNING account_id, name, email, all_domains,
           to_char(updated_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS updated_at;
 
 -- name: upsert_grants
--- One row is a domain that is now granted.
+-- One row is a domain that is now granted. The account is locked before a grant gets its id: else of two
+-- at once the later id might be seen first, and a cursor of the feed that knows it would not miss the other.
+WITH account AS (
+    SELECT account_id FROM cdr_api.accounts WHERE account_id = %(account_id)s FOR NO KEY UPDATE
+)
 INSERT INTO cdr_api.grants (account_id, domain_uuid)
-SELECT %(account_id)s, domain_uuid FROM unnest(%(domain_uuids)s::uuid[]) AS granted (domain_uuid)
+SELECT account.account_id, granted.domain_uuid
+  FROM account
+ CROSS JOIN unnest(%(domain_uuids)s::uuid[]) AS granted (domain_uuid)
     ON CONFLICT (account_id, domain_uuid) DO UPDATE SET domain_uuid = EXCLUDED.domain_uuid
 RETURNING domain_uuid;
 

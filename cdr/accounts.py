@@ -185,6 +185,7 @@ def find_domains(service: Service, account: Account) -> Domains:
         found,
         everything=account.reads_everything,
         newest_grant=row["newest_grant"],
+        absent=row["absent"] or [],
         chosen_uuids=account.chosen_uuids,
     )
 

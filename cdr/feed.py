@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, NoReturn
@@ -74,6 +74,7 @@ class FeedCursor:
     )
     swept: str | None = None  # the taken of the last sweep
     complete: str | None = None  # the through of the last sweep
+    absent: Sequence[str] = ()  # of the account's domains, those that v_domains lacked, as find_absent shows them
 
     @property
     def boundary(self) -> datetime | None:
@@ -133,9 +134,25 @@ def find_marks(domains: Domains) -> list[str]:
     """What tells the names of domains apart: calls without a uuid belong to them by name."""
     if domains.everything:
         return []
-    names = (str(name).encode("utf-8", "surrogateescape") for name in domains.lone_names)
-    marks = sorted(hashlib.sha256(name).hexdigest()[:6] for name in names)
+    return shorten(str(name).encode("utf-8", "surrogateescape") for name in domains.lone_names)
+
+
+def find_absent(domains: Domains) -> list[str]:
+    """What tells the domains apart that the account may read and v_domains lacks: their calls are passed over."""
+    return [] if domains.everything else shorten(uuid.encode() for uuid in domains.absent)
+
+
+def shorten(texts: Iterable[bytes]) -> list[str]:
+    """A mark for each text, or one for all of them where they are many."""
+    marks = sorted(hashlib.sha256(text).hexdigest()[:6] for text in texts)
     return marks if len(marks) <= MOST_NAMES else [hashlib.sha256("".join(marks).encode()).hexdigest()[:16]]
+
+
+def has_returned(cursor: FeedCursor, domains: Domains) -> bool:
+    """Whether a domain that v_domains lacked is there again; of many, whether others are lacking now."""
+    if all(len(mark) == 6 for mark in cursor.absent):
+        return any(mark in cursor.absent for uuid in domains.uuids for mark in shorten([uuid.encode()]))
+    return list(cursor.absent) != find_absent(domains)
 
 
 def read_feed_cursor(secret: bytes, text: str) -> FeedCursor:
@@ -168,6 +185,8 @@ def check_purpose(cursor: FeedCursor, account: Account, selection: Selection, sn
         gone(cursor.since, "This cursor was made with other filters or for other domains")
     if isinstance(cursor.grants, int) and (present == "*" or cursor.grants < int(present or 0)):
         gone(cursor.since, "This account has been granted a domain since this cursor was made")
+    if cursor.absent and has_returned(cursor, selection.domains):
+        gone(cursor.since, "A domain of this account that was missing is there again since this cursor was made")
 
 
 def check_history(connection: Connection, cursor: FeedCursor, snapshot: Mapping[str, Any]) -> None:
@@ -367,6 +386,8 @@ def read_window(
     if cursor.high is None:  # else it is in the middle of a window
         cursor = open_window(cursor, selection, horizon, tables["root"], taken.isoformat() if taken else cursor.through)
         cursor = replace(cursor, shallow=is_shallow(cursor, service.settings.sweep_seconds))
+    else:
+        cursor = narrow(cursor, selection.domains)
     return Window(cursor, selection, snapshot, timedelta(days=service.settings.lookback_days)), taken is not None
 
 
@@ -380,7 +401,22 @@ def open_window(cursor: FeedCursor, selection: Selection, horizon: Horizon, tabl
         position=horizon.position,
         grants=show_grants(selection.domains),
         names=find_marks(selection.domains),
+        absent=find_absent(selection.domains),
         table=table,
+    )
+
+
+def narrow(cursor: FeedCursor, domains: Domains) -> FeedCursor:
+    """The cursor in the middle of a window, with the least that its pages were read under.
+
+    A page passes over what the account may not read just then, though it might when the window was opened.
+    """
+    marks = find_marks(domains)
+    return replace(
+        cursor,
+        grants=show_grants(domains) if cursor.grants == "*" else cursor.grants,
+        names=[name for name in cursor.names if name in marks],
+        absent=sorted({*cursor.absent, *find_absent(domains)}),
     )
 
 

@@ -100,6 +100,7 @@ class Domains:
     named: bool = False  # whether the request names them
     chosen_uuids: Sequence[str] | None = None  # of all that the token was made for
     newest_grant: int | None = None  # of the account's grants, when all of them count
+    absent: Sequence[str] = ()  # the uuids that the account or the token was given, and no domain has
     codec: str | None = None  # of the database that the names are from, which read_text has read
 
     def fit(self, codec: str | None) -> Domains:

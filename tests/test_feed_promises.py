@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import psycopg
 import pytest
 
+from cdr.feed import MOST_NAMES
+from cdr.statements import STATEMENTS
 from tests.commands import check
 from tests.conftest import Client, Database, DatabaseMaker, problem, wait_for
 
@@ -168,6 +171,106 @@ def test_a_name_given_to_older_calls_without_uuid_is_told(database: Database, cl
     assert poller.poll() == []
     database.execute("UPDATE v_domains SET domain_name = 'new.example.com' WHERE domain_name = %s", [ALPHA])
     assert "name of older calls" in poller.refused()
+
+
+def test_a_domain_that_was_missing_and_is_back_is_told(database: Database) -> None:
+    """As while v_domains is loaded again: what was stored meanwhile was passed over."""
+    some, chosen = (database.client(database.account(ALPHA, BETA)), database.client(database.account(all_domains=True)))
+    uuids = dict(database.execute("SELECT domain_name, domain_uuid FROM v_domains"))
+    database.execute(
+        "UPDATE cdr_api.tokens SET domain_uuids = %s WHERE token_id = (SELECT max(token_id) FROM cdr_api.tokens)",
+        [[uuids[ALPHA], uuids[BETA]]],
+    )
+    pollers = [Poller(client, days_ago(30), limit="1") for client in (some, chosen)]
+    for domain, pages in ((ALPHA, 1), (BETA, 2)):
+        for poller in pollers:
+            poller.place = {"from": days_ago(30)}
+            poller.poll()
+        database.execute("CREATE TABLE gone AS SELECT * FROM v_domains WHERE domain_name = %s", [domain])
+        calls = [database.insert_call(domain_uuid=uuids[name], end_stamp=days_ago(1)) for name in (ALPHA, BETA)]
+        calls += [database.insert_call(domain_uuid=uuids[domain], end_stamp=days_ago(0.5))]
+        for poller in pollers if pages == 2 else []:
+            assert poller.poll() == calls[:1]
+        database.execute("DELETE FROM v_domains WHERE domain_name = %s", [domain])
+        for poller in pollers:
+            poller.poll()
+        database.execute("INSERT INTO v_domains SELECT * FROM gone")
+        assert ["is there again" in poller.refused() for poller in pollers] == [True, True]
+        database.execute("DROP TABLE gone; DELETE FROM v_xml_cdr")
+
+
+def test_many_domains_that_were_missing_are_told_too(database: Database) -> None:
+    uuids = [f"10000000-0000-4000-8000-{number:012d}" for number in range(MOST_NAMES + 1)]
+    client = database.client(database.account(ALPHA, email="many@example.com"))
+    database.execute(
+        "INSERT INTO cdr_api.grants (account_id, domain_uuid) SELECT account_id, unnest(%s::uuid[])"
+        " FROM cdr_api.accounts WHERE email = 'many@example.com'",
+        [uuids],
+    )
+    poller = Poller(client, days_ago(30))
+    assert poller.poll() == poller.poll() == []
+    database.execute("INSERT INTO v_domains (domain_uuid, domain_name) VALUES (%s, 'back.example.com')", uuids[-1:])
+    assert "is there again" in poller.refused()
+
+
+def test_what_an_account_could_not_read_for_one_page_is_told(database: Database) -> None:
+    """It could when the window was opened, and can again."""
+    token = database.account(all_domains=True, email="less@example.com")
+    poller = Poller(database.client(token), days_ago(30), limit="1")
+    poller.poll()
+    uuids = dict(database.execute("SELECT domain_name, domain_uuid FROM v_domains"))
+    calls = [
+        database.insert_call(domain_uuid=uuids[name], end_stamp=days_ago(days))
+        for name, days in ((ALPHA, 3), (BETA, 2), (ALPHA, 1))
+    ]
+    assert poller.poll() == calls[:1]
+    database.execute(
+        "INSERT INTO cdr_api.grants (account_id, domain_uuid) SELECT account_id, %s FROM cdr_api.accounts"
+        " WHERE email = 'less@example.com'",
+        [uuids[ALPHA]],
+    )
+    rights = "UPDATE cdr_api.accounts SET all_domains = {} WHERE email = 'less@example.com'"
+    database.execute(rights.format("false"))
+    assert poller.poll() == calls[2:]
+    database.execute(rights.format("true"))
+    assert "granted a domain" in poller.refused()
+
+
+def test_a_name_that_was_another_for_one_page_is_told(database: Database, client: Client) -> None:
+    poller = Poller(client, days_ago(30), limit="1")
+    poller.poll()
+    alpha = database.execute("SELECT domain_uuid FROM v_domains WHERE domain_name = %s", [ALPHA])[0][0]
+    calls = [
+        database.insert_call(domain_uuid=uuid, end_stamp=days_ago(days))
+        for uuid, days in ((alpha, 3), (None, 2), (alpha, 1))
+    ]
+    assert poller.poll() == calls[:1]
+    database.execute("UPDATE v_domains SET domain_name = 'new.example.com' WHERE domain_uuid = %s", [alpha])
+    assert poller.poll() == calls[2:]
+    database.execute("UPDATE v_domains SET domain_name = %s WHERE domain_uuid = %s", [ALPHA, alpha])
+    assert "name of older calls" in poller.refused()
+
+
+def test_of_two_grants_at_once_none_is_missed(database: Database) -> None:
+    """The ids of grants are given out in the order in which the grants are seen."""
+    token = database.account(ALPHA, email="two@example.com")
+    (account_id,) = database.execute("SELECT account_id FROM cdr_api.accounts WHERE email = 'two@example.com'")[0]
+    uuids = dict(database.execute("SELECT domain_name, domain_uuid FROM v_domains"))
+    database.insert_call(domain_uuid=uuids[BETA], end_stamp=days_ago(1))
+    poller = Poller(database.client(token), days_ago(30))
+
+    def grant(connection: psycopg.Connection[Any], domain: str) -> None:
+        connection.execute(STATEMENTS["upsert_grants"], {"account_id": account_id, "domain_uuids": [uuids[domain]]})
+
+    waiting = "SELECT pid FROM pg_stat_activity WHERE datname = %s AND wait_event_type = 'Lock'"
+    with database.connect() as first, database.connect() as second, ThreadPoolExecutor() as pool:
+        with first.transaction():
+            grant(first, BETA)
+            future = pool.submit(grant, second, "gamma.example.com")
+            wait_for(lambda: future.done() or database.execute(waiting, [database.name]))
+            assert poller.poll() == []
+        future.result()
+    assert "granted a domain" in poller.refused()
 
 
 # Rows that nobody may see ---------------------------------------------------------
