@@ -472,7 +472,8 @@ SELECT {columns} FROM ({query}) AS calls;
 -- One row: pid, the process that serves us; whether an index brings the calls of a
 -- domain in the order of the key, or those of a range by its epochs; probed, whether it
 -- does so for all of the table (a part that is a foreign table, or that inherits, has none of its indexes); lockable, whether LOCK TABLE takes the table;
--- foreign, whether calls may be on another server: in a foreign table, which a view may hide; and
+-- foreign, whether calls may be on another server: in a foreign table, which a view may hide;
+-- isolated, whether the role is set to transactions of one snapshot for all their statements; and
 -- doubled, whether nothing keeps a plain table, or a partition of this server, from holding a key twice.
 WITH RECURSIVE parts AS (
     SELECT c.oid, c.relkind FROM pg_class AS c WHERE c.oid = to_regclass('v_xml_cdr')
@@ -506,6 +507,7 @@ SELECT pg_backend_pid() AS pid, indexed, epochs_indexed,
        EXISTS (SELECT FROM pg_foreign_table AS f
                  JOIN pg_class AS c ON c.oid = to_regclass('v_xml_cdr')
                 WHERE c.oid = f.ftrelid OR c.relkind = 'v' OR f.ftrelid IN (SELECT inhrelid FROM pg_inherits)) AS "foreign",
+       current_setting('default_transaction_isolation') NOT IN ('read committed', 'read uncommitted') AS isolated,
        EXISTS (SELECT FROM parts
                 WHERE relkind = 'r'
                   AND NOT EXISTS (SELECT FROM pg_index AS i
@@ -517,7 +519,8 @@ SELECT pg_backend_pid() AS pid, indexed, epochs_indexed,
 -- name: set_session
 -- For as long as a connection has a server process of its own: what begin_read sets for others.
 -- Not what would change the plans of other statements.
-SELECT set_config('random_page_cost', '1.1', false),
+SELECT set_config('default_transaction_isolation', 'read committed', false),
+       set_config('random_page_cost', '1.1', false),
        set_config('row_security', 'off', false),
        set_config('DateStyle', 'ISO', false),
        set_config('extra_float_digits', '1', false);

@@ -97,7 +97,7 @@ def is_within(address: str | None, networks: Sequence[str] | None) -> bool:
 def find_token(service: Service, digest: bytes, naming: Mapping[str, str]) -> dict[str, Any] | None:
     parameters: dict[str, Any] = {"digest": digest, **naming}
     query = compose_authenticate(next(iter(naming), None), apart=service.is_apart)
-    with service.accounts.connection() as connection:
+    with service.accounts.connection() as connection, connection.reading_committed():
         if connection.prepared is None:
             row = connection.execute(query, parameters).fetchone()
             return json.loads(row["found"]) if row else None
@@ -143,7 +143,7 @@ def compose_listing(statement: str, *, apart: bool) -> sql.Composed:
 def find_named(service: Service, account: Account, naming: Mapping[str, str]) -> Account:
     """The account with the domains of the request as they are now."""
     query = compose_named(next(iter(naming)), compose_grants(apart=service.is_apart))
-    with service.domains.connection() as connection:
+    with service.domains.connection() as connection, connection.reading_committed():
         row = connection.execute(query, {**account.domain_parameters(), **naming}).fetchone()
     return replace(account, named=row["named"] if row else ())
 
@@ -178,7 +178,7 @@ def choose_domains(
 def find_domains(service: Service, account: Account) -> Domains:
     """Every domain that the account may read."""
     query = compose_listing("find_domains", apart=service.is_apart)
-    with service.domains.connection() as connection:
+    with service.domains.connection() as connection, connection.reading_committed():
         row = connection.execute(query, account.domain_parameters()).fetchall()[0]
     found = read_domains(row, service.domains.codec)
     return replace(

@@ -11,7 +11,7 @@ import hashlib
 import select
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import psycopg
@@ -63,6 +63,7 @@ class PooledConnection(Connection):
     doubled = False  # whether nothing keeps v_xml_cdr from holding a call twice
     nameless = True  # whether there may be calls without a domain_uuid; in a transaction that take_stream_slot began
     zoned = False  # whether stamps are known to be timestamptz; in such a transaction
+    isolated = False  # whether the snapshot of a statement by itself is older than its locks
     watch: Watch | None = None  # of the answer that it is read for
     home: Database  # whose pool it belongs to
     # The name of each statement that is prepared on it, by its text; None: there must be none.
@@ -76,6 +77,13 @@ class PooledConnection(Connection):
         except psycopg.errors._WaitTimeout:  # noqa: SLF001 (psycopg has no public name for it)
             self.close()
             raise psycopg.OperationalError("the server does not answer") from None
+
+    def reading_committed(self) -> AbstractContextManager[object]:
+        """A block in which each statement sees what was committed before it ran, whatever the role is set to.
+
+        At another isolation level a table for whose ALTER TABLE it waited looks empty.
+        """
+        return self.transaction() if self.isolated else nullcontext()
 
     def give_back(self) -> None:
         """Puts the connection into its pool again, in any state."""
@@ -179,6 +187,8 @@ class Database:
         is_own = found["pid"] == connection.info.backend_pid
         if is_own:
             run(connection, "set_session")
+        connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED  # of its transactions
+        connection.isolated = found["isolated"] and not is_own
         connection.prepared = {} if is_own else None
 
     @contextmanager
@@ -227,7 +237,7 @@ class Database:
 
     def rows(self, statement: str, **parameters: Any) -> list[dict[str, Any]]:
         """The rows of one statement of queries.sql, run by itself."""
-        with self.connection() as connection:
+        with self.connection() as connection, connection.reading_committed():
             return run(connection, statement, **parameters)
 
     @functools.cached_property

@@ -8,6 +8,7 @@ import socketserver
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
@@ -19,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from werkzeug.datastructures import Headers
 from werkzeug.test import EnvironBuilder, TestResponse
 
-from tests.conftest import Gunicorn
+from tests.conftest import Client, Database, Gunicorn, wait_for
 
 
 def calls_url(gunicorn: Gunicorn, **parameters: Any) -> str:
@@ -176,3 +177,17 @@ class Cable:
             finally:
                 server.shutdown()
                 thread.join()
+
+
+def get_while_rewritten(database: Database, table: str, client: Client, path: str, **parameters: str) -> Any:
+    """The body of an answer that has waited for a table which was being rewritten."""
+    waiting = "SELECT pid FROM pg_stat_activity WHERE datname = %s AND wait_event_type = 'Lock'"
+    with ThreadPoolExecutor() as pool:
+        with database.connect() as connection, connection.transaction():
+            connection.execute(f"ALTER TABLE {table} ADD again timestamptz DEFAULT clock_timestamp()")
+            future = pool.submit(client.get, path, **parameters)
+            wait_for(lambda: future.done() or database.execute(waiting, [database.name]))
+        response = future.result()
+    database.execute(f"ALTER TABLE {table} DROP again")
+    assert response.status_code == 200, response.text
+    return response.get_json()

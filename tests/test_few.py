@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from cdr.database import MOST_PREPARED
 from cdr.short import SHORT_BYTES, SHORT_ROWS
-from tests.clients import ask
+from tests.clients import ask, get_while_rewritten
 from tests.conftest import Client, Database, DatabaseMaker, Gunicorn, serve, wait_for
 from tests.values import ANYTHING, FIXED, NASTY
 
@@ -277,6 +277,19 @@ def test_a_table_that_was_being_rewritten_does_not_look_empty(database: Database
                 future = pool.submit(client.call_range, "2026-02-03", "2026-02-03")
                 wait_for(lambda: database.execute(waiting, [database.name]))
             assert [call["xml_cdr_uuid"] for call in future.result()] == [uuid]
+
+
+@pytest.mark.parametrize("table", ["v_domains", "cdr_api.grants"])
+def test_nor_does_one_of_domains_where_transactions_are_isolated(database: Database, table: str) -> None:
+    """At those levels the snapshot of every statement is older than its locks."""
+    uuid = database.insert_call()
+    database.execute(f"ALTER DATABASE \"{database.name}\" SET default_transaction_isolation = 'repeatable read'")
+    client = database.client(database.account("alpha.example.com"))
+    (total,) = get_while_rewritten(database, table, client, "/api/call_totals", **DAY)
+    assert total["calls"] == 1
+    since = {"from": "2026-02-03"}
+    (call,) = get_while_rewritten(database, table, client, "/api/call_feed", fields="xml_cdr_uuid", **since)
+    assert call == {"xml_cdr_uuid": uuid}
 
 
 class Recorder:

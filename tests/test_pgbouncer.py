@@ -13,7 +13,7 @@ import pytest
 from werkzeug.datastructures import Headers
 
 import demo
-from tests.clients import Download, calls_url, fetch
+from tests.clients import Download, calls_url, fetch, get_while_rewritten
 from tests.conftest import (
     PASSWORD,
     PGBOUNCER,
@@ -274,3 +274,19 @@ def test_a_stream_that_loses_its_connection_is_visibly_broken(
     assert status == 18  # curl: partial file
     assert body.count(b"\n") < 1000  # calls
     wait_for(lambda: fetch(f"{gunicorn.url}/api/health").status_code == 200)
+
+
+@own
+def test_domains_that_are_rewritten_do_not_look_gone_where_transactions_are_isolated(
+    make_database: DatabaseMaker, bouncer: PgBouncer
+) -> None:
+    """There the session cannot be set to anything."""
+    database = make_database(index=True)
+    database.insert_call()
+    database.execute(f"ALTER DATABASE \"{database.name}\" SET default_transaction_isolation = 'repeatable read'")
+    database.pgbouncer = bouncer
+    beside = database.client(database.account("alpha.example.com"))
+    apart = database.client(beside.token, database.app(CDR_API_ACCOUNTS_DSN=database.dsn))
+    for client, table in ((beside, "v_domains"), (beside, "cdr_api.grants"), (apart, "cdr_api.grants")):
+        (total,) = get_while_rewritten(database, table, client, "/api/call_totals", **EVER)
+        assert total["calls"] == 1
