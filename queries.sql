@@ -786,15 +786,16 @@ SELECT trim('"' FROM to_json(%(from)s::timestamptz + i * %(step)s * interval '1 
 -- One row: the domains that are {readable}, as uuids and their names; of the names those that no other
 -- domain bears (is_lone); and the newest of the account's {grants}. Names leave the database as their
 -- bytes in hex, for they may not be text.
-SELECT array_agg(domain_uuid::text ORDER BY domain_uuid) AS uuids,
-       array_agg(name ORDER BY domain_uuid) AS names,
+SELECT array_agg(domain_uuid::text ORDER BY domain_uuid) FILTER (WHERE place = 1) AS uuids,
+       array_agg(name ORDER BY domain_uuid) FILTER (WHERE place = 1) AS names,
        array_agg(name ORDER BY domain_uuid) FILTER (WHERE is_lone) AS lone_names,
        (SELECT max(g.grant_id) FROM {grants} AS g) AS newest_grant,
        (SELECT array_agg(given.domain_uuid::text)
           FROM (SELECT domain_uuid FROM {grants} AS g UNION SELECT unnest(%(chosen_uuids)s::uuid[])) AS given
          WHERE NOT EXISTS (SELECT FROM v_domains AS d WHERE d.domain_uuid = given.domain_uuid)) AS absent
   FROM (SELECT d.domain_uuid, encode(convert_to(d.domain_name, getdatabaseencoding()), 'hex') AS name,
-               bool_and(other.domain_uuid IS NULL) AS is_lone
+               bool_and(other.domain_uuid IS NULL) AS is_lone,
+               row_number() OVER (PARTITION BY d.domain_uuid ORDER BY d.domain_name) AS place
           FROM {readable} AS d
           LEFT JOIN v_domains AS other
             ON other.domain_name = d.domain_name AND other.domain_uuid <> d.domain_uuid
@@ -806,14 +807,14 @@ SELECT array_agg(domain_uuid::text ORDER BY domain_uuid) AS uuids,
 SELECT coalesce(json_agg(json_build_object('uuid', d.domain_uuid,
                                            'name', encode(convert_to(d.domain_name, getdatabaseencoding()), 'hex'),
                                            'granted', g.domain_uuid IS NOT NULL)), '[]') AS named
-  FROM v_domains AS d
+  FROM (SELECT DISTINCT domain_uuid, domain_name FROM v_domains) AS d
   LEFT JOIN {grants} AS g
     ON g.domain_uuid = d.domain_uuid
  WHERE d.domain_name = {name}
 
 -- name: name_of_domain
--- No statement but a value: the name of the domain that has a uuid.
-(SELECT domain_name FROM v_domains WHERE domain_uuid = %(domain_uuid)s::uuid)
+-- No statement but a value: the name of the domain that has a uuid; of two, the first.
+(SELECT min(domain_name) FROM v_domains WHERE domain_uuid = %(domain_uuid)s::uuid)
 
 -- name: select_domains
 -- One row is a domain of those that are {readable}, by name.
@@ -832,7 +833,7 @@ SELECT e.extension_uuid::text AS extension_uuid, d.domain_uuid::text AS domain_u
 
 -- name: find_uuids
 -- One row is a domain that has one of some names, or one of them as its uuid.
-SELECT domain_uuid::text AS domain_uuid
+SELECT DISTINCT domain_uuid::text AS domain_uuid
   FROM v_domains
  WHERE domain_name = ANY(%(domain_names)s) OR domain_uuid::text = ANY(%(domain_names)s);
 
@@ -1064,8 +1065,10 @@ SELECT current_user AS role,
  WHERE to_regclass(name) IS NOT NULL;
 
 -- name: examine_domains
--- One row: how many domains there are, and whether an index finds one by its name, which FusionPBX does not make.
-SELECT (SELECT count(*) FROM v_domains) AS domains,
+-- One row: how many domains there are, how many more rows than these, and whether an index finds one by its name,
+-- which FusionPBX does not make.
+SELECT (SELECT count(DISTINCT domain_uuid) FROM v_domains) AS domains,
+       (SELECT count(*) - count(DISTINCT domain_uuid) FROM v_domains) AS doubles,
        EXISTS (SELECT FROM pg_index AS i
                  JOIN pg_attribute AS a ON a.attrelid = i.indexrelid AND a.attnum = 1
                 WHERE i.indrelid = to_regclass('v_domains') AND i.indisvalid AND i.indpred IS NULL

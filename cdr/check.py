@@ -244,6 +244,10 @@ def check_domains(_subject: Subject, connection: Connection) -> Iterator[Finding
         yield BAD, "domains", f"there is no table v_domains: is this FusionPBX's database? Run {look}"
         return
     found = run(connection, "examine_domains")[0]
+    if found["doubles"]:
+        mend = Place.of(connection).execute("ALTER TABLE v_domains ADD PRIMARY KEY (domain_uuid);")
+        text = f"v_domains has {found['doubles']} rows of a domain that has another, so that its name cannot be told"
+        yield BAD, "domains", f"{text}; delete them, and run {mend}"
     if found["domains"] > MANY_DOMAINS and not found["indexed"]:
         text = f"there are {found['domains']:,}, which each request looks through for a name"
         yield NOTE, "domains", f"{text}; run {Place.of(connection).execute(DOMAINS_INDEX)}"

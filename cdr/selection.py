@@ -117,7 +117,7 @@ class Domains:
         """Of queries.sql: what selects their calls, in the connection's transaction."""
         if self.everything:
             return "calls_of_all" if self.strays is None else "calls_of_all_in_parts"
-        if len(self.uuids) != 1:
+        if len(self.uuids) != 1 or len(self.lone_names) > 1:
             return "calls_of_domains"
         if not (self.lone_names and connection.nameless):
             return "calls_with_uuid"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.commands import check
 from tests.conftest import Client, Database, DatabaseMaker, problem
 
 ALPHA, BETA = "alpha.example.com", "beta.example.com"
@@ -198,6 +199,24 @@ def test_a_uuid_tells_no_more_than_a_name(database: Database, path: str) -> None
         assert list(problem(response)["data"]) == ["domain_uuid"]
     for written in (alpha.upper(), f"{{{alpha}}}", alpha.replace("-", "")):
         assert client.get(f"/api/{path}", **WITH_A_DOMAIN[path], domain_uuid=written).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["new.example.com", ALPHA])
+def test_a_domain_that_is_stored_twice_has_each_call_once(database: Database, name: str) -> None:
+    """As without its primary key, which a restored or replicated table may lack."""
+    stored, alpha = Stored(database), uuid_of(database, ALPHA)
+    ours = [stored.call(alpha, ALPHA), stored.call(None, ALPHA)]
+    database.execute("ALTER TABLE v_domains DROP CONSTRAINT v_domains_pkey")
+    database.execute("INSERT INTO v_domains (domain_uuid, domain_name) VALUES (%s, %s)", [alpha, name])
+    more = [] if name == ALPHA else [stored.call(None, name)]
+    tokens = [database.account(ALPHA), database.account(ALPHA, BETA), database.account(all_domains=True)]
+    for token in tokens:
+        client = database.client(token)
+        peaks = {"concurrent_calls_by_domain": 1 + len(more)}  # by the name, of which there are two
+        assert read_everywhere(client, ours + more) == expected(ours + more, named=False) | peaks
+        for naming in ({"domain_name": ALPHA}, {"domain_uuid": alpha}):
+            assert read_everywhere(client, ours + more, **naming) == expected(ours, named=True)
+    assert check(client.app)[1]["domains"].startswith("✗ domains            v_domains has 1 rows of a domain that has")
 
 
 def test_links_of_pages_by_uuid_go_on(make_database: DatabaseMaker) -> None:
