@@ -474,14 +474,24 @@ SELECT {columns} FROM ({query}) AS calls;
 -- does so for all of the table (a part that is a foreign table, or that inherits, has none of its indexes); lockable, whether LOCK TABLE takes the table;
 -- foreign, whether calls may be on another server: in a foreign table, which a view may hide;
 -- isolated, whether the role is set to transactions of one snapshot for all their statements; and
--- doubled, whether nothing keeps a plain table, or a partition of this server, from holding a key twice.
+-- doubled, whether nothing keeps a plain table, or a partition or other child of this server, from holding a key
+-- twice; keyless, the name of one; and loose, whether a key may be in two of them, or twice with other values of what
+-- its index has besides, or whether there is a view or a foreign table, which tells no key.
 WITH RECURSIVE parts AS (
     SELECT c.oid, c.relkind FROM pg_class AS c WHERE c.oid = to_regclass('v_xml_cdr')
      UNION ALL
     SELECT c.oid, c.relkind
       FROM parts
       JOIN pg_inherits AS i ON i.inhparent = parts.oid
-      JOIN pg_class AS c ON c.oid = i.inhrelid AND c.relispartition
+      JOIN pg_class AS c ON c.oid = i.inhrelid
+), keyless AS (
+    SELECT parts.oid
+      FROM parts
+     WHERE relkind = 'r'
+       AND NOT EXISTS (SELECT FROM pg_index AS i
+                         JOIN pg_attribute AS a ON a.attrelid = i.indexrelid AND a.attnum <= i.indnkeyatts
+                        WHERE i.indrelid = parts.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
+                          AND a.attname IN ('uuid', 'xml_cdr_uuid'))
 ), indexes AS (
     SELECT i.indisvalid, i.indisunique, i.indpred,
            (SELECT array_agg(a.attname::text ORDER BY a.attnum)
@@ -508,12 +518,12 @@ SELECT pg_backend_pid() AS pid, indexed, epochs_indexed,
                  JOIN pg_class AS c ON c.oid = to_regclass('v_xml_cdr')
                 WHERE c.oid = f.ftrelid OR c.relkind = 'v' OR f.ftrelid IN (SELECT inhrelid FROM pg_inherits)) AS "foreign",
        current_setting('default_transaction_isolation') NOT IN ('read committed', 'read uncommitted') AS isolated,
-       EXISTS (SELECT FROM parts
-                WHERE relkind = 'r'
-                  AND NOT EXISTS (SELECT FROM pg_index AS i
-                                    JOIN pg_attribute AS a ON a.attrelid = i.indexrelid AND a.attnum <= i.indnkeyatts
-                                   WHERE i.indrelid = parts.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
-                                     AND a.attname IN ('uuid', 'xml_cdr_uuid'))) AS doubled
+       EXISTS (SELECT FROM keyless) AS doubled,
+       (SELECT min(oid::regclass::text) FROM keyless) AS keyless,
+       (SELECT count(*) FROM parts) > 1
+           OR NOT EXISTS (SELECT FROM indexes
+                           WHERE indisunique AND indisvalid AND indpred IS NULL
+                             AND columns IN (ARRAY['uuid'], ARRAY['xml_cdr_uuid'])) AS loose
   FROM served;
 
 -- name: set_session

@@ -463,6 +463,49 @@ def test_a_call_that_is_stored_twice_counts_once_everywhere(make_database: Datab
     assert f"ADD PRIMARY KEY ({key})" in lines["key"]
 
 
+def test_a_call_that_a_child_without_a_key_stores_again_counts_once(make_database: DatabaseMaker) -> None:
+    database = make_database(index=True)
+    database.insert_call(end_stamp="2026-01-15 12:00:00+00")
+    database.execute("CREATE TABLE archive () INHERITS (v_xml_cdr); INSERT INTO archive SELECT * FROM v_xml_cdr")
+    client = database.client(database.account(ALPHA))
+    assert len(read(client)) == len(read(client, "/api/calls")) == 1
+    assert client.get("/api/call_totals", **DAY).get_json()[0]["calls"] == 1
+    assert len(client.get("/api/call_feed", **{"from": "2026-01-01"}).get_json()) == 1
+    assert check(client.app)[1]["key"].startswith("✗ key                archive has no primary key, and 1 calls are")
+
+
+PARTS = {
+    "a child": """
+        CREATE TABLE archive () INHERITS (v_xml_cdr);
+        ALTER TABLE archive ADD PRIMARY KEY (xml_cdr_uuid)""",
+    "a partition": """
+        ALTER TABLE v_xml_cdr RENAME TO plain;
+        CREATE TABLE v_xml_cdr (LIKE plain) PARTITION BY RANGE (end_stamp);
+        CREATE UNIQUE INDEX ON v_xml_cdr (xml_cdr_uuid, end_stamp);
+        CREATE TABLE rest PARTITION OF v_xml_cdr DEFAULT;
+        INSERT INTO v_xml_cdr SELECT * FROM plain;
+        CREATE VIEW archive AS SELECT * FROM v_xml_cdr""",
+    "a view": """
+        ALTER TABLE v_xml_cdr RENAME TO plain;
+        CREATE TABLE archive (LIKE plain INCLUDING ALL);
+        CREATE VIEW v_xml_cdr AS SELECT * FROM plain UNION ALL SELECT * FROM archive""",
+}
+
+
+@pytest.mark.parametrize("way", PARTS)
+def test_check_tells_of_a_call_that_two_parts_hold(make_database: DatabaseMaker, way: str) -> None:
+    database = make_database(index=True)
+    uuid = database.insert_call()
+    database.execute(PARTS[way])
+    database.execute("GRANT SELECT ON v_xml_cdr TO cdr_api")
+    app = database.app()
+    assert check(app)[1]["key"] == "✓ key                no call is stored twice"
+    database.execute(
+        "INSERT INTO archive (xml_cdr_uuid, domain_name, end_stamp) VALUES (%s, %s, '2026-03-03')", [uuid, ALPHA]
+    )
+    assert check(app)[1]["key"].startswith("✗ key                1 calls are stored more than once, in partitions,")
+
+
 # Numbers that cannot be ---------------------------------------------------------------
 
 
