@@ -38,9 +38,13 @@ SET LOCAL client_encoding = {encoding}
 LOCK TABLE v_xml_cdr IN ACCESS SHARE MODE;
 
 -- name: touch_calls
--- No row: by the index of each server that a part of v_xml_cdr is on. postgres_fdw has a snapshot and locks
--- there from now on, for as long as the transaction here lasts.
+-- No row: by the index of each server that a part of v_xml_cdr is on, also of one that cannot hold such a call.
+-- postgres_fdw has a snapshot and locks there from now on, for as long as the transaction here lasts.
+SET LOCAL enable_partition_pruning = off;
+SET LOCAL constraint_exclusion = off;
 SELECT FROM v_xml_cdr WHERE domain_uuid = '00000000-0000-0000-0000-000000000000'::uuid;
+SET LOCAL enable_partition_pruning TO DEFAULT;
+SET LOCAL constraint_exclusion TO DEFAULT;
 
 -- name: begin_list
 -- Opens the transaction of a list of something else than calls, in which every statement
@@ -57,7 +61,7 @@ SELECT FROM ({listed}) AS listed LIMIT 0;
 -- advisory locks (of a server, shared by all workers), which end with the transaction.
 -- 1667527680 is "cdr" as the first three bytes. And what the snapshot says of the table,
 -- so that statements need not provide for everything: nameless, whether there may be calls
--- without a domain_uuid; zoned, whether stamps are instants.
+-- without a domain_uuid; zoned, whether stamps are instants; and foreign and lockable, as examine_session has them.
 -- alone: an index brings the rows in their order, and one process is as fast as
 -- several that go through it, which take all processors of the PBX. Without the
 -- index they share the search.
@@ -68,7 +72,11 @@ SELECT has_slot,
        CASE WHEN %(probed)s THEN EXISTS (SELECT FROM v_xml_cdr WHERE domain_uuid IS NULL) ELSE true END AS nameless,
        (SELECT count(*) = 3 FROM pg_attribute
          WHERE attrelid = to_regclass('v_xml_cdr') AND attname IN ('start_stamp', 'answer_stamp', 'end_stamp')
-           AND atttypid = 'timestamptz'::regtype) AS zoned
+           AND atttypid = 'timestamptz'::regtype) AS zoned,
+       EXISTS (SELECT FROM pg_foreign_table AS f
+                 JOIN pg_class AS c ON c.oid = to_regclass('v_xml_cdr')
+                WHERE c.oid = f.ftrelid OR c.relkind = 'v' OR f.ftrelid IN (SELECT inhrelid FROM pg_inherits)) AS "foreign",
+       coalesce((SELECT relkind IN ('r', 'p', 'v') FROM pg_class WHERE oid = to_regclass('v_xml_cdr')), true) AS lockable
   FROM (SELECT EXISTS (SELECT FROM generate_series(1, %(streams)s) AS slot
                         WHERE pg_try_advisory_xact_lock(1667527680 + slot, %(account_id)s)) AS has_slot
         OFFSET 0) AS attempt;

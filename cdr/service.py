@@ -16,7 +16,7 @@ from psycopg import sql
 
 from cdr.clients import Client, Shares, Watch
 from cdr.database import LOOKUP_SECONDS, Database, PooledConnection, run
-from cdr.errors import ApiError, refuse
+from cdr.errors import ApiError, refuse, unavailable
 from cdr.passwords import Passwords
 from cdr.requestlog import AuthLog, RequestLog
 from cdr.settings import Settings
@@ -238,6 +238,9 @@ class Service:
             pass
         found = cursor.fetchall()[0]
         connection.has_stream_slot = found["has_slot"]
+        if (found["foreign"] and not connection.foreign) or found["lockable"] != connection.lockable:
+            connection.close()  # the next one looks again at what has to be locked
+            raise unavailable("The tables of calls have just been changed: try again.", seconds=1)
         connection.nameless, connection.zoned = found["nameless"], found["zoned"]
 
     def too_many_streams(self) -> ApiError:

@@ -161,3 +161,24 @@ def test_an_upgrade_under_the_service_changes_no_answer(database: Database, guni
     assert all(any(o.begin < end and o.end > begin for begin, end in locked) for o in refused), refused
     assert {o.status for o in outcomes} <= {200, 503, 504}
     assert not [o for o in outcomes if o.status == 200 and o.text != expected[o.request]]
+
+
+def test_a_connection_that_knows_the_tables_of_before_is_given_up(make_database: DatabaseMaker) -> None:
+    """What has to be locked before it is read is told when a connection is made."""
+    database = make_database()
+    database.insert_call()
+    client = database.client(database.account("alpha.example.com"))
+
+    def statuses() -> list[int]:
+        found = [client.get("/api/calls", domain_name="alpha.example.com").status_code for _ in range(4)]
+        return [found[0], found[-1]]  # in between another connection may have to be given up
+
+    assert statuses() == [200, 200]
+    database.execute("CREATE FOREIGN DATA WRAPPER nowhere; CREATE SERVER elsewhere FOREIGN DATA WRAPPER nowhere")
+    database.execute("CREATE TABLE near (); CREATE FOREIGN TABLE far () INHERITS (near) SERVER elsewhere")
+    assert statuses() == [503, 200]
+    database.execute("ALTER TABLE v_xml_cdr RENAME TO plain; CREATE MATERIALIZED VIEW v_xml_cdr AS SELECT * FROM plain")
+    database.execute("GRANT SELECT ON v_xml_cdr TO cdr_api")
+    assert statuses() == [503, 200]
+    database.execute("DROP MATERIALIZED VIEW v_xml_cdr; ALTER TABLE plain RENAME TO v_xml_cdr")
+    assert statuses() == [503, 200]
