@@ -621,10 +621,16 @@ SELECT min(d.logicalrelid::text || ' is a distributed table') AS odd
  WHERE d.logicalrelid::oid = ANY(%(members)s::oid[]);
 
 -- name: find_attached
--- One row: those of the members that were made a part of the table by transactions from low on.
-SELECT array_agg(i.inhrelid::bigint) AS attached
-  FROM pg_inherits AS i
- WHERE i.inhrelid = ANY(%(members)s::oid[]) AND age(i.xmin) BETWEEN 0 AND age(%(low)s::text::xid);
+-- One row: those of the members that were made a part of the table by transactions from low on, and their own parts.
+WITH RECURSIVE attached AS (
+    SELECT i.inhrelid
+      FROM pg_inherits AS i
+     WHERE i.inhrelid = ANY(%(members)s::oid[]) AND age(i.xmin) BETWEEN 0 AND age(%(low)s::text::xid)
+     UNION
+    SELECT i.inhrelid FROM pg_inherits AS i JOIN attached AS a ON i.inhparent = a.inhrelid
+)
+SELECT array_agg(inhrelid::bigint) AS attached
+  FROM attached;
 
 -- name: find_older_rows
 -- One row: whether some tables hold a row that transactions before low wrote.

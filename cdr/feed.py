@@ -75,6 +75,7 @@ class FeedCursor:
     swept: str | None = None  # the taken of the last sweep
     complete: str | None = None  # the through of the last sweep
     absent: Sequence[str] = ()  # of the account's domains, those that v_domains lacked, as find_absent shows them
+    parts: str | None = None  # what v_xml_cdr consisted of when the window was opened, as digest_parts shows it
 
     @property
     def boundary(self) -> datetime | None:
@@ -210,14 +211,18 @@ def check_history(connection: Connection, cursor: FeedCursor, snapshot: Mapping[
 
 
 def check_rows(connection: Connection, cursor: FeedCursor, selection: Selection, tables: Mapping[str, Any]) -> None:
-    """Raises ApiError 410 where rows that are older than the cursor have come to be among the calls asked for."""
-    if cursor.low is None:
+    """Raises ApiError 410 where rows that are older than the cursor have come to be among the calls asked for.
+
+    In the middle of a window those that belong to it are older too: a page may have passed over them.
+    """
+    if cursor.high is None and cursor.low is None:
         return
-    low = str(cursor.low % 2**32)
-    attached = run(connection, "find_attached", members=tables["members"], low=low)[0]["attached"] or []
-    joined = [tables["root"]] if cursor.table != tables["root"] else attached
-    if joined and run(connection, "find_older_rows", tables=joined, low=low)[0]["found"]:
-        gone(cursor.since, "A table with older calls has become a part of v_xml_cdr since this cursor was made")
+    low = show_xid(cursor.low if cursor.high is None else cursor.high)
+    if cursor.high is None or cursor.parts not in (None, digest_parts(tables)):
+        attached = run(connection, "find_attached", members=tables["members"], low=low)[0]["attached"] or []
+        joined = tables["members"] if cursor.table != tables["root"] else attached
+        if joined and run(connection, "find_older_rows", tables=joined, low=low)[0]["found"]:
+            gone(cursor.since, "A table with older calls has become a part of v_xml_cdr since this cursor was made")
     marks = find_marks(selection.domains)
     if marks == list(cursor.names):
         return
@@ -241,6 +246,11 @@ def check_tables(connection: PooledConnection) -> dict[str, Any]:
         message = f"The feed needs plain tables of this server, and {odd}: read call_range instead."
         raise ApiError(409, message)
     return found
+
+
+def digest_parts(tables: Mapping[str, Any]) -> str:
+    """What tells whether v_xml_cdr consists of other tables now."""
+    return hashlib.sha256(json.dumps(sorted(tables["members"])).encode()).hexdigest()[:16]
 
 
 def find_width(first: str | None, last: str | None) -> float | None:
@@ -384,14 +394,16 @@ def read_window(
         since = find_edge(values["from"], values["from"].first, find_zone(values["tz"] or service.time_zone))
         cursor = first_cursor(account, selection, snapshot, since, min(since, taken or since))
     if cursor.high is None:  # else it is in the middle of a window
-        cursor = open_window(cursor, selection, horizon, tables["root"], taken.isoformat() if taken else cursor.through)
+        cursor = open_window(cursor, selection, horizon, tables, taken.isoformat() if taken else cursor.through)
         cursor = replace(cursor, shallow=is_shallow(cursor, service.settings.sweep_seconds))
     else:
         cursor = narrow(cursor, selection.domains)
     return Window(cursor, selection, snapshot, timedelta(days=service.settings.lookback_days)), taken is not None
 
 
-def open_window(cursor: FeedCursor, selection: Selection, horizon: Horizon, table: int, taken: str) -> FeedCursor:
+def open_window(
+    cursor: FeedCursor, selection: Selection, horizon: Horizon, tables: Mapping[str, Any], taken: str
+) -> FeedCursor:
     """The cursor with its window [low, high) set, and what that was read under."""
     return replace(
         cursor,
@@ -402,7 +414,8 @@ def open_window(cursor: FeedCursor, selection: Selection, horizon: Horizon, tabl
         grants=show_grants(selection.domains),
         names=find_marks(selection.domains),
         absent=find_absent(selection.domains),
-        table=table,
+        table=tables["root"],
+        parts=digest_parts(tables),
     )
 
 

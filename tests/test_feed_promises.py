@@ -422,3 +422,53 @@ def test_a_table_that_takes_the_place_of_another_is_told_if_it_has_older_calls(d
     assert sorted(poller.poll()) == sorted(calls)  # each is another row
     database.execute("ALTER TABLE v_xml_cdr RENAME TO after; ALTER TABLE before RENAME TO v_xml_cdr")
     assert "older calls" in poller.refused()
+
+
+def test_a_new_partition_with_partitions_of_older_calls_is_told(partitioned: Database) -> None:
+    database = partitioned
+    poller = Poller(database.client(database.account(ALPHA)), "2026-01-01")
+    database.execute("CREATE TABLE april (LIKE v_xml_cdr) PARTITION BY RANGE (end_stamp)")
+    database.execute("CREATE TABLE week PARTITION OF april FOR VALUES FROM ('2026-04-01') TO ('2026-04-08')")
+    insert = "INSERT INTO april (xml_cdr_uuid, domain_name, end_stamp) VALUES (gen_random_uuid(), %s, '2026-04-04')"
+    database.execute(insert, [ALPHA])
+    assert poller.poll() == poller.poll() == []
+    database.execute("ALTER TABLE v_xml_cdr ATTACH PARTITION april FOR VALUES FROM ('2026-04-01') TO ('2026-05-01')")
+    assert "older calls" in poller.refused()
+
+
+def test_a_partitioned_table_of_older_calls_in_the_place_of_another_is_told(database: Database) -> None:
+    poller = Poller(database.client(database.account(ALPHA)), "2026-01-01")
+    database.execute(PARTITIONED)
+    database.insert_call()
+    database.execute("ALTER TABLE v_xml_cdr RENAME TO later; ALTER TABLE plain RENAME TO v_xml_cdr")
+    assert poller.poll() == poller.poll() == []
+    database.execute("ALTER TABLE v_xml_cdr RENAME TO plain; ALTER TABLE later RENAME TO v_xml_cdr")
+    assert "older calls" in poller.refused()
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["the first", "a later one"])
+def test_what_becomes_a_part_in_the_middle_of_a_window_is_told(partitioned: Database, *, is_first: bool) -> None:
+    """Pages of the window have passed over the place of its calls."""
+    database = partitioned
+    poller = Poller(database.client(database.account(ALPHA)), "2026-01-01", limit="1")
+    if not is_first:
+        poller.poll()
+    calls = [database.insert_call(end_stamp=f"2026-02-03 10:00:0{second}+00") for second in range(3)]
+    database.execute("CREATE TABLE january (LIKE v_xml_cdr INCLUDING ALL)")
+    insert = "INSERT INTO january (xml_cdr_uuid, domain_name, end_stamp) VALUES (gen_random_uuid(), %s, '2026-01-04')"
+    database.execute(insert, [ALPHA])
+    assert poller.poll() == calls[:1]
+    database.execute("CREATE TABLE march PARTITION OF v_xml_cdr FOR VALUES FROM ('2026-03-01') TO ('2026-04-01')")
+    assert poller.poll() == calls[1:2]
+    database.execute("ALTER TABLE v_xml_cdr ATTACH PARTITION january FOR VALUES FROM ('2026-01-01') TO ('2026-02-01')")
+    assert "older calls" in poller.refused()
+
+
+def test_a_name_given_to_older_calls_between_pages_is_told(database: Database, client: Client) -> None:
+    alpha = database.execute("SELECT domain_uuid FROM v_domains WHERE domain_name = %s", [ALPHA])[0][0]
+    database.insert_call(domain_uuid=None, domain_name="new.example.com", end_stamp=days_ago(3))
+    calls = [database.insert_call(domain_uuid=alpha, end_stamp=days_ago(days)) for days in (2, 1)]
+    poller = Poller(client, days_ago(30), limit="1")
+    assert poller.poll() == calls[:1]
+    database.execute("UPDATE v_domains SET domain_name = 'new.example.com' WHERE domain_uuid = %s", [alpha])
+    assert "name of older calls" in poller.refused()
