@@ -133,7 +133,7 @@ class Domains:
         }
 
 
-LATEST_EPOCH = 253_402_300_799  # the end of the year 9999
+LATEST_EPOCH = 253_402_300_800  # the end of the year 9999
 
 
 def find_epoch(stamp: str | None, otherwise: int) -> int:
@@ -275,8 +275,8 @@ class Selection:
             "by": self.by,
             "from": self.start and self.start.isoformat(),
             "to": to,
-            "from_epoch": max(find_epoch(stamp, 1), 1),
-            "to_epoch": find_epoch(to, LATEST_EPOCH) if self.by == "end" else LATEST_EPOCH,
+            "from_epoch": max(find_epoch(stamp, 0), 0),
+            "to_epoch": find_epoch(to, LATEST_EPOCH) + 1 if self.by == "end" else LATEST_EPOCH,
             "possible": self.possible,
             "zone": self.zone,
             "part": self.part,

@@ -426,6 +426,20 @@ def test_no_setting_of_a_database_changes_an_answer(make_database: DatabaseMaker
     assert status == 0, lines
 
 
+@pytest.mark.parametrize("epoch", ["0.000001", "1770112800.5", "253402300799.7"])
+def test_a_fraction_of_an_epoch_leaves_no_call_out(make_database: DatabaseMaker, epoch: str) -> None:
+    """Lists look at the epochs of ends by whole seconds first."""
+    database = make_database("4.4.1")
+    uuid = database.insert_call(start_epoch=1_770_112_800, end_epoch=epoch)
+    client = database.client(database.account(ALPHA), database.app(CDR_API_TIMEZONE="UTC"))
+    started = {"domain_name": ALPHA, "by": "start", "from": "2026-02-03", "to": "2026-02-03"}
+    assert [call["xml_cdr_uuid"] for call in client.get("/api/call_range", **started).get_json()] == [uuid]
+    assert client.get("/api/call_totals", **started).get_json()[0]["calls"] == 1
+    if epoch == "1770112800.5":
+        ended = {"domain_name": ALPHA, "from": "2026-02-03T10:00:00.5", "to": "2026-02-03T10:00:00.5"}
+        assert [call["xml_cdr_uuid"] for call in client.get("/api/call_range", **ended).get_json()] == [uuid]
+
+
 # Rows stored twice -------------------------------------------------------------------
 
 
