@@ -1089,10 +1089,11 @@ SELECT current_user AS role,
  WHERE to_regclass(name) IS NOT NULL;
 
 -- name: examine_domains
--- One row: how many domains there are, how many more rows than these, and whether an index finds one by its name,
--- which FusionPBX does not make.
+-- One row: how many domains there are, how many more rows than these, whether they are on another server (far), and
+-- whether an index finds one by its name, which FusionPBX does not make.
 SELECT (SELECT count(DISTINCT domain_uuid) FROM v_domains) AS domains,
        (SELECT count(*) - count(DISTINCT domain_uuid) FROM v_domains) AS doubles,
+       (SELECT relkind = 'f' FROM pg_class WHERE oid = to_regclass('v_domains')) AS far,
        EXISTS (SELECT FROM pg_index AS i
                  JOIN pg_attribute AS a ON a.attrelid = i.indexrelid AND a.attnum = 1
                 WHERE i.indrelid = to_regclass('v_domains') AND i.indisvalid AND i.indpred IS NULL

@@ -248,6 +248,9 @@ def check_domains(_subject: Subject, connection: Connection) -> Iterator[Finding
         mend = Place.of(connection).execute("ALTER TABLE v_domains ADD PRIMARY KEY (domain_uuid);")
         text = f"v_domains has {found['doubles']} rows of a domain that has another, so that its name cannot be told"
         yield BAD, "domains", f"{text}; delete them, and run {mend}"
+    if found["far"]:
+        text = "v_domains is a foreign table: while its server rewrites it, as an upgrade does, accounts have no domain"
+        yield BAD, "domains", f"{text}; set CDR_API_DSN to that server, and CDR_API_CALLS_DSN to this; run {EDIT}"
     if found["domains"] > MANY_DOMAINS and not found["indexed"]:
         text = f"there are {found['domains']:,}, which each request looks through for a name"
         yield NOTE, "domains", f"{text}; run {Place.of(connection).execute(DOMAINS_INDEX)}"

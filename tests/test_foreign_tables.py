@@ -241,6 +241,18 @@ def test_calls_that_are_being_rewritten_on_the_other_server_do_not_look_gone(rem
                     assert future.result().data == expected
 
 
+def test_check_tells_of_domains_on_another_server(remote: Remote) -> None:
+    """They look gone while that rewrites them; nothing locks them there."""
+    columns = ", ".join(f"{name} {kind}" for name, kind, *_ in demo.read_release(demo.NEWEST)["v_domains"])
+    remote.execute("ALTER TABLE v_domains RENAME TO plain_domains")
+    remote.execute(f"CREATE FOREIGN TABLE v_domains ({columns}) SERVER elsewhere OPTIONS (table_name 'v_domains')")
+    remote.execute("GRANT SELECT ON v_domains TO cdr_api")
+    line = check(remote.app())[1]["domains"]
+    remote.execute("DROP FOREIGN TABLE v_domains; ALTER TABLE plain_domains RENAME TO v_domains")
+    assert line.startswith("✗ domains            v_domains is a foreign table: while its server rewrites it")
+    assert "CDR_API_CALLS_DSN" in line
+
+
 # How long it takes ------------------------------------------------------------
 
 TIMED: list[tuple[str, dict[str, str]]] = [
