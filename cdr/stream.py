@@ -291,7 +291,7 @@ def read_told(batches: Rows, output: Format) -> tuple[Rows, Key | None]:
     """The rows of select_page without the column that tells of the page; and the key that it tells."""
     batch, first = next(batches), output.header_rows
     told = bytes(batch[first]).partition(b"," if output.statement == "copy_csv" else DEL)[0]
-    has_calls, *key = told.decode().split(" ")
+    has_calls, _, key = told.decode().partition(" ")
     header = [row[len("told,") :] for row in batch[:first]]
 
     def cut() -> Rows:
@@ -301,5 +301,5 @@ def read_told(batches: Rows, output: Format) -> tuple[Rows, Key | None]:
         for rows in batches:
             yield [row[len(told) + 1 :] for row in rows]
 
-    stamp, uuid = (None if word == "-" else word for word in key) if key else (None, None)
+    stamp, _, uuid = (None if word == "-" else word for word in key.rpartition(" "))  # a stamp may end with " BC"
     return cut(), (stamp, uuid) if key else None

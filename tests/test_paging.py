@@ -73,6 +73,22 @@ def test_pages_are_the_whole_answer_in_its_order(
     assert all(pages[:-1]) or not whole
 
 
+@pytest.mark.parametrize("kind", ["json", "csv"])
+def test_pages_go_on_after_a_year_before_christ(make_database: DatabaseMaker, kind: str) -> None:
+    database = make_database()
+    stamps = ["0044-03-15 12:00:00+00 BC", "0044-03-15 12:00:01.5+00 BC", "2026-02-03 10:00:00+00", None]
+    uuids = [database.insert_call(end_stamp=stamp) for stamp in stamps]
+    client = database.client(database.account("alpha.example.com"))
+    url: str | None = f"/api/calls?domain_name=alpha.example.com&fields=xml_cdr_uuid&limit=1&format={kind}"
+    pages = []
+    while url:
+        response = client.send("GET", url)
+        assert response.status_code == 200, response.text
+        pages += re.findall(r"[0-9a-f-]{36}", response.text)
+        url = next_link(response)
+    assert pages == uuids
+
+
 def test_link_is_there_exactly_when_there_is_more(client: Client) -> None:
     total = len(client.call_range("2000-01-01", "2099-01-01"))
     for limit, more in ((total - 1, True), (total, False), (total + 1, False)):
