@@ -1214,6 +1214,13 @@ SELECT pg_is_in_recovery() AS in_recovery,
 -- name: try_time_zone
 SELECT set_config('TimeZone', %(time_zone)s, true);
 
+-- name: select_offsets
+-- One row is an instant of each day from three years ago to the next year, in epoch seconds, and by how many seconds
+-- the clocks of a zone are ahead of UTC then.
+SELECT extract(epoch FROM instant)::float8 AS epoch,
+       extract(epoch FROM (instant AT TIME ZONE %(time_zone)s::text) - (instant AT TIME ZONE 'UTC'))::integer AS seconds
+  FROM generate_series(now() - interval '3 years', now() + interval '1 year', interval '1 day') AS instant;
+
 -- name: find_publications
 -- One row is a publication or subscription that replicates side tables of this database, or
 -- would; are_here: whether it has any.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import psycopg
 from psycopg import sql
@@ -338,8 +339,16 @@ def check_time_zone(subject: Subject, connection: Connection) -> Iterator[Findin
         parse_zone(zone)
         with connection.transaction(force_rollback=True):
             run(connection, "try_time_zone", time_zone=zone)
+        rows = run(connection, "select_offsets", time_zone=zone)
     except (ValueError, psycopg.DataError):
         yield BAD, "time zone", f"{zone} is not a time zone that both sides know; set CDR_API_TIMEZONE: run {EDIT}"
+        return
+    days = [datetime.fromtimestamp(row["epoch"], ZoneInfo(zone)) for row in rows]
+    odd = sum(day.utcoffset() != timedelta(seconds=row["seconds"]) for day, row in zip(days, rows, strict=True))
+    if odd:
+        text = f"PostgreSQL's rules of {zone} differ from ours on {odd} of {len(days)} days"
+        mend = "apt-get install --only-upgrade tzdata  # on both machines, then restart both programs"
+        yield BAD, "time zone", f"{text}: there a range and a day of the totals are not the same; run {mend}"
     else:
         yield GOOD, "time zone", f"{zone}, by {'CDR_API_TIMEZONE' if chosen else 'the database'}"
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zoneinfo
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -318,6 +321,25 @@ def test_check_names_what_is_wrong(make_database: DatabaseMaker) -> None:
     assert status == 1
     assert 'relation "v_xml_cdr" does not exist' in lines["role"] or "no table v_xml_cdr" in lines["columns"]
     assert "is this FusionPBX's database?" in lines["columns"]
+
+
+def test_check_tells_of_two_rules_of_one_time_zone(database: Database, tmp_path: Path) -> None:
+    """As when tzdata is older on one of two machines: a range goes by Python's rules, a day by PostgreSQL's."""
+    (tmp_path / "Atlantic").mkdir()
+    here = next((path for path in map(Path, zoneinfo.TZPATH) if (path / "Atlantic/Azores").is_file()), None)
+    if not here:
+        pytest.skip("needs the files of time zones; on Debian and Ubuntu: apt install tzdata")
+    shutil.copy(here / "Atlantic/Cape_Verde", tmp_path / "Atlantic/Azores")
+    app = database.app(CDR_API_TIMEZONE="Atlantic/Azores")
+    assert check(app)[1]["time zone"] == "✓ time zone          Atlantic/Azores, by CDR_API_TIMEZONE"
+    try:
+        zoneinfo.reset_tzpath([str(tmp_path)])
+        zoneinfo.ZoneInfo.clear_cache(only_keys=["Atlantic/Azores"])
+        line = check(app)[1]["time zone"]
+    finally:
+        zoneinfo.reset_tzpath()
+        zoneinfo.ZoneInfo.clear_cache(only_keys=["Atlantic/Azores"])
+    assert line.startswith("✗ time zone          PostgreSQL's rules of Atlantic/Azores differ from ours on ")
 
 
 def test_check_of_a_server_that_is_away(database: Database) -> None:
