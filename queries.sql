@@ -638,6 +638,12 @@ SELECT EXISTS (SELECT FROM v_xml_cdr AS cdr
                 WHERE cdr.tableoid = ANY(%(tables)s::oid[])
                   AND age(cdr.xmin) NOT BETWEEN 0 AND age(%(low)s::text::xid)) AS found;
 
+-- name: find_older_calls
+-- One row: whether some domains have calls that transactions before low wrote.
+SELECT EXISTS (SELECT FROM v_xml_cdr AS cdr
+                WHERE cdr.domain_uuid = ANY(%(domain_uuids)s::uuid[])
+                  AND age(cdr.xmin) NOT BETWEEN 0 AND age(%(low)s::text::xid)) AS found;
+
 -- name: find_nameless
 -- One row: whether some names stand in calls without a domain_uuid.
 SELECT EXISTS (SELECT FROM v_xml_cdr AS cdr

@@ -149,11 +149,11 @@ def shorten(texts: Iterable[bytes]) -> list[str]:
     return marks if len(marks) <= MOST_NAMES else [hashlib.sha256("".join(marks).encode()).hexdigest()[:16]]
 
 
-def has_returned(cursor: FeedCursor, domains: Domains) -> bool:
-    """Whether a domain that v_domains lacked is there again; of many, whether others are lacking now."""
+def find_returned(cursor: FeedCursor, domains: Domains) -> list[str]:
+    """The domains that v_domains lacked and has again; of many, all if others are lacking now."""
     if all(len(mark) == 6 for mark in cursor.absent):
-        return any(mark in cursor.absent for uuid in domains.uuids for mark in shorten([uuid.encode()]))
-    return list(cursor.absent) != find_absent(domains)
+        return [uuid for uuid in domains.uuids if shorten([uuid.encode()])[0] in cursor.absent]
+    return [] if list(cursor.absent) == find_absent(domains) else list(domains.uuids)
 
 
 def read_feed_cursor(secret: bytes, text: str) -> FeedCursor:
@@ -186,8 +186,6 @@ def check_purpose(cursor: FeedCursor, account: Account, selection: Selection, sn
         gone(cursor.since, "This cursor was made with other filters or for other domains")
     if isinstance(cursor.grants, int) and (present == "*" or cursor.grants < int(present or 0)):
         gone(cursor.since, "This account has been granted a domain since this cursor was made")
-    if cursor.absent and has_returned(cursor, selection.domains):
-        gone(cursor.since, "A domain of this account that was missing is there again since this cursor was made")
 
 
 def check_history(connection: Connection, cursor: FeedCursor, snapshot: Mapping[str, Any]) -> None:
@@ -223,6 +221,9 @@ def check_rows(connection: Connection, cursor: FeedCursor, selection: Selection,
         joined = tables["members"] if cursor.table != tables["root"] else attached
         if joined and run(connection, "find_older_rows", tables=joined, low=low)[0]["found"]:
             gone(cursor.since, "A table with older calls has become a part of v_xml_cdr since this cursor was made")
+    returned = find_returned(cursor, selection.domains) if cursor.absent else []
+    if returned and run(connection, "find_older_calls", domain_uuids=returned, low=low)[0]["found"]:
+        gone(cursor.since, "A domain with older calls that was missing is there again since this cursor was made")
     marks = find_marks(selection.domains)
     if marks == list(cursor.names):
         return

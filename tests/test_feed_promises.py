@@ -207,9 +207,13 @@ def test_many_domains_that_were_missing_are_told_too(database: Database) -> None
         " FROM cdr_api.accounts WHERE email = 'many@example.com'",
         [uuids],
     )
+    database.insert_call(domain_uuid=uuids[0], end_stamp=days_ago(1))
     poller = Poller(client, days_ago(30))
     assert poller.poll() == poller.poll() == []
-    database.execute("INSERT INTO v_domains (domain_uuid, domain_name) VALUES (%s, 'back.example.com')", uuids[-1:])
+    come_back = "INSERT INTO v_domains (domain_uuid, domain_name) VALUES (%s, %s)"
+    database.execute(come_back, [uuids[1], "without.example.com"])  # which has no calls
+    assert poller.poll() == []
+    database.execute(come_back, [uuids[0], "back.example.com"])
     assert "is there again" in poller.refused()
 
 
