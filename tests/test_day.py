@@ -30,7 +30,7 @@ from tests.clients import Answer, Download, fetch, reach
 from tests.conftest import PASSWORD, PASSWORD_HASH, Gunicorn, need, serve, wait_for
 from tests.servers import AWAY, Node, own_node
 
-SECONDS = float(os.environ.get("DAY_SECONDS", "60"))
+SECONDS = float(os.environ.get("DAY_SECONDS", "40"))
 ALPHA = "alpha.example.com"
 PAUSE = 0.2  # seconds between two requests of everybody, which leaves other tests some of the processors
 BROKEN = (http.client.HTTPException, OSError)  # how an answer looks that did not end

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.direct("is about the clients")
 ALPHA, BETA = "alpha.example.com", "beta.example.com"
 TODAY = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)  # midnight
 FIRST = str((TODAY - timedelta(days=30)).date())
-KILLS = 20
+KILLS = 12
 
 Rows = dict[str, tuple[str, int, str]]  # by uuid: domain, billsec, end in UTC
 

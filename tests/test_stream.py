@@ -267,8 +267,7 @@ def wide(make_database: DatabaseMaker) -> Database:
 
 
 @in_linux
-@pytest.mark.parametrize("kind", ["json", "ndjson", "csv"])
-@pytest.mark.parametrize("request_", MANY_ROWS)
+@pytest.mark.parametrize(("request_", "kind"), [*zip(MANY_ROWS, ["json", "ndjson", "csv"], strict=True)])
 def test_memory_does_not_grow_with_the_rows_of_an_aggregate(wide: Database, request_: str, kind: str) -> None:
     """200,000 intervals, or as many groups as calls."""
     token = wide.account(all_domains=True)
