@@ -279,7 +279,7 @@ class Window:
             low=show_xid(cursor.low),
             high=show_xid(cursor.high),
             deep=show_xid(cursor.lowest),
-            boundary=cursor.boundary,
+            boundary=cursor.boundary if cursor.lowest != cursor.low else None,  # else there is but one window
         )
         if cursor.lowest == cursor.high:  # no transaction has ended meanwhile: nothing needs to be looked at
             written = replace(written, possible=False, domains=Domains())
