@@ -162,10 +162,10 @@ class Service:
         _ = self.calls.codec  # before a connection is held: it may take one of its own
         connection = self.lend(self.calls, account_id, client)
         try:
+            connection.silence_seconds = self.settings.statement_timeout / 1000 + LOOKUP_SECONDS
             with self.holding_foreign_calls(connection) if elsewhere else nullcontext():
                 alone = connection.indexed and not sort
                 self.begin(connection, {**parameters, "account_id": account_id, "alone": alone})
-            connection.silence_seconds = self.settings.statement_timeout / 1000 + LOOKUP_SECONDS
             yield connection
         except BaseException as error:
             if isinstance(error, psycopg.errors.WrongObjectType):
@@ -192,7 +192,9 @@ class Service:
             run(holder, "begin_list")
             run(holder, "touch_calls")
             yield
+            patience, connection.silence_seconds = connection.silence_seconds, LOOKUP_SECONDS
             run(connection, "touch_calls")
+            connection.silence_seconds = patience
 
     def lend(self, database: Database, account_id: int, client: Client) -> PooledConnection:
         """A connection with a watch, of the account's share, which Database.give_back takes."""
