@@ -44,7 +44,7 @@ class FeedCursor:
     reached that id.
 
     With CDR_API_SWEEP_SECONDS most polls are shallow: of what transactions in [low, high)
-    wrote they deliver what ended at the boundary (find_boundary) or later. The rest waits
+    wrote they deliver what ended at the boundary or later. The rest waits
     for a sweep, which delivers of what ended before it all that those in [deep, high) wrote.
     The boundary changes only at a sweep, behind which nothing waits: so each row, whose
     writer and end never change, is in one window of one of the two.
