@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: run install deb test fuzz test-deb test-pgbouncer test-versions test-clusters torture day lint bench bench-peers lock assets clean gone
+.PHONY: run install deb test fuzz test-deb test-pgbouncer test-versions test-pythons test-clusters torture day lint bench bench-peers lock assets clean gone
 
 run: $(VENV)/run ## serve on http://127.0.0.1:8000 (PORT= chooses another)
 	@$(BIN)/python -m demo
@@ -26,6 +26,9 @@ test-pgbouncer: $(VENV)/test ## the same through PgBouncer, but for what runs se
 
 test-versions: $(VENV)/test ## what has to hold on every PostgreSQL, on 13 to 17 (needs npm, which brings them)
 	tests/versions.sh
+
+test-pythons: $(VENV)/test ## what may differ on Python 3.13 and 3.14 (root; debootstrap, which brings them)
+	tests/pythons.sh
 
 test-clusters: $(VENV)/test ## Patroni, whose leader is killed (needs patroni, etcd-server and postgresql of Debian)
 	$(BIN)/python -m pytest -q -s --clusters
