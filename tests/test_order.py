@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
-import threading
 from typing import Any
 
-import psycopg
 import pytest
-from psycopg.rows import dict_row
 
 import demo
-from cdr.selection import FIRST_UUID, LAST_UUID, Domains, Selection, Source, compose_select
 from tests.conftest import Client, Database, DatabaseMaker, problem
 from tests.shapes import T1, T2, granted, set_domains
 
-ALPHA_UUID = "00000000-0000-4000-8000-0000000000aa"
 MINE = {"domain_name": "alpha.example.com", "fields": "xml_cdr_uuid,end_stamp"}
 AUTUMN = {"from": "2026-09-01", "to": "2026-10-31"}
 
@@ -113,31 +107,6 @@ def test_what_has_no_order_refuses_one(client: Client) -> None:
         assert "order is not a parameter of this route." in problem(client.get(path, order="desc"))["message"]
 
 
-def test_paging_meets_every_call_once_while_calls_arrive(make_database: DatabaseMaker) -> None:
-    database = make_database(calls=800, index=True)
-    client = database.client(database.account("alpha.example.com"))
-    before = {call["xml_cdr_uuid"] for call in client.calls()}
-    stop = threading.Event()
-    stored: list[str] = []
-
-    def arrive() -> None:
-        chance = random.Random(1)
-        while not stop.is_set():
-            day = chance.randint(1, 28)
-            stored.append(database.insert_call(end_stamp=f"2026-09-{day:02} {chance.randint(0, 23):02}:00:00+00"))
-
-    writer = threading.Thread(target=arrive)
-    writer.start()
-    try:
-        uuids = read_descending(client, "/api/calls", limit=20)
-    finally:
-        stop.set()
-        writer.join()
-    assert stored
-    assert len(uuids) == len(set(uuids))
-    assert before <= set(uuids) <= before | set(stored)
-
-
 @pytest.mark.parametrize("release", demo.RELEASES)
 def test_it_works_in_every_release(make_database: DatabaseMaker, release: str) -> None:
     database = make_database(release, calls=300)
@@ -160,35 +129,3 @@ def test_a_name_that_two_domains_bear_is_one_list(make_database: DatabaseMaker) 
     whole = client.get("/api/calls", **MINE | twins).get_json()
     assert len(whole) == 9
     assert read_descending(client, "/api/calls", **twins, limit=2) == turn_round(whole)
-
-
-@pytest.mark.parametrize("form", ["calls_with_uuid", "calls_in_parts"])
-def test_the_newest_page_reads_no_more_of_the_index_than_the_oldest(make_database: DatabaseMaker, form: str) -> None:
-    database = make_database(index=True)
-    database.execute(
-        "INSERT INTO v_xml_cdr (xml_cdr_uuid, domain_uuid, end_stamp) SELECT gen_random_uuid(), %s,"
-        " timestamptz '2026-01-01 00:00Z' + i * interval '1 s' FROM generate_series(1, 20000) AS i",
-        [ALPHA_UUID],
-    )
-    database.execute("VACUUM ANALYZE v_xml_cdr")
-
-    def count_blocks(page: Selection) -> int:
-        source = Source(form, ordered=True, feed=False, distinct=False, zoned=True)
-        source = source._replace(backwards=page.newest_first, conditions=page.conditions)
-        query = compose_select(("end_stamp", "xml_cdr_uuid"), source)
-        with psycopg.connect(database.dsn, cursor_factory=psycopg.ClientCursor, row_factory=dict_row) as connection:
-            connection.execute("SET enable_sort = off")
-            connection.execute("SET random_page_cost = 1.1")
-            explained = connection.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {query}", page.parameters())
-            plan = explained.fetchall()[0]["QUERY PLAN"][0]["Plan"]
-        assert plan["Actual Rows"] == 10
-        return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
-
-    oldest = Selection(Domains([ALPHA_UUID], [""], [""]), part="dated", limit=10)
-    newest = Selection(Domains([ALPHA_UUID], [""], [""]), part="dated", limit=10, newest_first=True)
-    middle = newest.behind(("2026-01-01 03:00Z", FIRST_UUID))
-    bounded = Selection(
-        newest.domains, part="dated", limit=10, newest_first=True, after=("2026-01-01 02:00Z", LAST_UUID)
-    )
-    for page in (newest, middle, bounded, bounded.behind(("2026-01-01 03:00Z", FIRST_UUID))):
-        assert count_blocks(page) <= count_blocks(oldest) + 5
