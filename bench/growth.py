@@ -60,7 +60,8 @@ class Cost:
 class Site:
     """A database, the service on it in this process, and tokens for one, half and all of its domains."""
 
-    def __init__(self, server: demo.PostgresServer, name: str, **settings: str) -> None:
+    def __init__(self, server: demo.PostgresServer, name: str, where: str = "", **settings: str) -> None:
+        self.where = where  # what its lines add to a request
         self.connection = demo.connect(server, name)
         own = {"CDR_API_DSN": demo.service_dsn(server, name), "CDR_API_REGISTER_DOMAINS": DOMAINS[0]}
         self.settings = {**own, "CDR_API_REGISTRATION": "open", "CDR_API_SYSLOG": "off", **settings}
@@ -115,11 +116,15 @@ class Site:
         self.connection.close()
 
 
+def has_database(server: demo.PostgresServer, name: str) -> bool:
+    with demo.connect(server) as connection:
+        return bool(connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]).fetchone())
+
+
 def make_database(server: demo.PostgresServer, name: str, calls: int) -> None:
     """A database with calls of some domains, unless it is there from an earlier run."""
-    with demo.connect(server) as connection:
-        if connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]).fetchone():
-            return
+    if has_database(server, name):
+        return
     print(f"inventing {calls:,} calls …", file=sys.stderr)
     demo.create_database(server, f"{name}_unfinished", domains=DOMAINS)
     with demo.connect(server, f"{name}_unfinished") as connection:
@@ -187,7 +192,16 @@ def measure_domains(site: Site, numbers: Sequence[int]) -> Iterator[str]:
             for name, work in (("a call", ask), ("a poll", Poller(site, who))):
                 cost = site.measure(work)
                 ideal = ideals.setdefault(f"{name} {who}", cost.total)
-                yield f"| {name}, by an account of {who}, beside {number:,} other domains | {cost.show(ideal)}"
+                beside = f"beside {number:,} other domains{site.where}"
+                yield f"| {name}, by an account of {who}, {beside} | {cost.show(ideal)}"
+
+
+def open_apart(server: demo.PostgresServer, calls: str) -> Site:
+    """A site whose domains and accounts are in a database of their own; calls: the name of that of the calls."""
+    name = f"{calls}_domains"
+    if not has_database(server, name):
+        demo.create_database(server, name, domains=DOMAINS)
+    return Site(server, name, ", calls elsewhere", CDR_API_CALLS_DSN=demo.service_dsn(server, calls))
 
 
 def main() -> None:
@@ -203,9 +217,10 @@ def main() -> None:
     site = Site(server, name)
     for line in (*measure_pages(site), *measure_polls(site)):
         print(line, flush=True)
-    for line in measure_domains(site, [int(number) for number in options.domains.split(",")]):
-        print(line, flush=True)
-    site.close()
+    for place in (site, open_apart(server, name)):
+        for line in measure_domains(place, [int(number) for number in options.domains.split(",")]):
+            print(line, flush=True)
+        place.close()
 
 
 if __name__ == "__main__":
