@@ -575,13 +575,16 @@ def answer_calls(values: Mapping[str, Any], selection: Selection) -> Response:
     if output.statement == "copy_json":
         short = find_short(service(), parts[0], fields, values["tz"])
         if short:
-            headers = link("after", write_cursor(service().secret, purpose, short.key)) if short.key else {}
-            return answer_short(short.calls, output, headers)
+            return answer_short(short.calls, output, link_after(short.key, purpose))
     with service().reading(account_id, client(), sort=selection.needs_sort, zone=values["tz"]) as connection:
         rows, key = read_calls(connection, parts, values, output)
         stream = CallStream(service(), connection, rows, output, fields)
-    headers = link("after", write_cursor(service().secret, purpose, key)) if key else {}
-    return answer_stream(stream, headers)
+    return answer_stream(stream, link_after(key, purpose))
+
+
+def link_after(key: Key | None, purpose: list[Any]) -> dict[str, str]:
+    """The header that leads to the calls behind a key, if more follow."""
+    return link("after", write_cursor(service().secret, purpose, key)) if key else {}
 
 
 def read_calls(

@@ -185,6 +185,8 @@ DEALLOCATE {name};
 -- NULLs and drops the columns nobody asked for. The casts repair the types of
 -- 4.x and cost nothing where the type is right.
 --
+-- conversation_uuid is the leg that a leg was made for, or else its own uuid. A queue's
+-- caller is the member of the agents' legs.
 -- {start_at}, {answer_at} and {end_at} are an instant each. Where {end_is_zoned} is not
 -- so, bounds of the epoch let an index on that find the calls of a range.
 -- IS TRUE keeps -infinity from the index, whose scan would begin there instead of at the key.
@@ -234,6 +236,8 @@ DEALLOCATE {name};
                    WHEN scale(billmsec::numeric) > 0 THEN round(billmsec) END AS billmsec,
               bridge_uuid, read_codec, read_rate, write_codec, write_rate, remote_media_ip,
               network_addr, record_path, record_name, leg, originating_leg_uuid,
+              coalesce(originating_leg_uuid::text, CASE WHEN cc_side = 'agent' THEN cc_member_session_uuid::text END,
+                       at.key::text) AS conversation_uuid,
               CASE WHEN scale(pdd_ms::numeric) = 0 THEN pdd_ms
                    WHEN scale(pdd_ms::numeric) > 0 THEN round(pdd_ms) END AS pdd_ms,
               CASE WHEN scale(rtp_audio_in_mos::numeric) >= 0 THEN rtp_audio_in_mos END AS rtp_audio_in_mos,
@@ -464,13 +468,6 @@ COPY ({query}) TO STDOUT (FORMAT csv, HEADER %(header)s);
 -- No statement but a column of it: text that a spreadsheet would take for a
 -- formula, with an apostrophe before it.
 CASE WHEN {column}::text ~ '^[=+@\t\r\n-]' THEN '''' || {column} ELSE {column}::text END AS {name};
-
--- name: conversation_uuid
--- No statement but a column of it: the leg that a leg was made for, or else its own uuid. A queue's caller is the
--- member of the agents' legs.
-coalesce(calls.originating_leg_uuid::text,
-         CASE WHEN calls.cc_side = 'agent' THEN calls.cc_member_session_uuid::text END,
-         calls.xml_cdr_uuid::text) AS conversation_uuid
 
 -- name: escape_rows
 -- The rows of {query}, with {columns} escaped.

@@ -400,14 +400,12 @@ def compose_instant(name: str, *, zoned: bool = False) -> sql.Composed:
 
 def plain_column(name: str) -> sql.Composable:
     """A column as it is."""
-    if name == "conversation_uuid":
-        return STATEMENTS[name]
     return sql.Identifier("calls", name)
 
 
 def escaped_column(name: str) -> sql.Composable:
     """A column, its text such that no spreadsheet takes it for a formula."""
-    return escape_text(name) if name in STRINGS - {"conversation_uuid"} else plain_column(name)
+    return escape_text(name) if name in STRINGS else plain_column(name)
 
 
 def escape_text(name: str) -> sql.Composed:
@@ -416,7 +414,7 @@ def escape_text(name: str) -> sql.Composed:
 
 def typed_column(name: str) -> sql.Composable:
     """A column of the type that it has in JSON."""
-    if name in ("leg", "conversation_uuid"):  # a char(1), of which a cast would take the blank; a text already
+    if name == "leg":  # a char(1), of which a cast would take the blank
         return plain_column(name)
     type_name = "text" if name in STRINGS else "boolean" if name in BOOLEANS else "numeric"
     return sql.SQL("calls.{0}::{1} AS {0}").format(sql.Identifier(name), sql.SQL(type_name))
