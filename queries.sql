@@ -117,11 +117,10 @@ EXISTS ({query})
 -- name: select_links
 -- One row is a leg of {matching_calls}, and the channels that it names, its own among them; with channels only a leg
 -- that names one of them, and no more than most. Its domain_name leaves the database as its bytes in hex, for it may
--- not be text; a bridge_uuid may be anything. Of stamps only those that are a time.
+-- not be text; a bridge_uuid may be anything. Of ends only those that are a time.
 SELECT xml_cdr_uuid::text AS uuid, domain_uuid::text AS domain_uuid,
        encode(convert_to(domain_name, getdatabaseencoding()), 'hex') AS domain_name,
        array_remove(named.channels, NULL) AS channels,
-       CASE WHEN start_at > '1970-01-02 00:00+00' AND start_at < '9999-01-01 00:00+00' THEN start_at END AS start,
        CASE WHEN end_at > '1970-01-02 00:00+00' AND end_at < '9999-01-01 00:00+00' THEN end_at END AS end
   FROM {matching_calls} AS calls
  CROSS JOIN LATERAL (
@@ -701,6 +700,7 @@ WITH spans AS (
     SELECT domain_name, greatest(start_at, %(from)s::timestamptz) AS first, end_at AS last
       FROM {matching_calls} AS calls
      WHERE start_at < %(until)s::timestamptz AND end_at > start_at
+       AND %(from)s::timestamptz < %(until)s::timestamptz
 ), events AS (
     SELECT domain_name, first AS moment, 1 AS change FROM spans
      UNION ALL

@@ -21,7 +21,7 @@ from cdr.statements import STATEMENTS, mogrify, read_text
 
 MOST_LEGS = 1000
 MOST_STEPS = 20  # from one leg to the next
-# How long before its end a leg is looked for that names another, and how long after that has ended.
+# How far apart the ends of two legs are at most of which one is found by what both name.
 REACH = timedelta(days=1)
 
 
@@ -33,7 +33,6 @@ class Leg:
     domain_uuid: str | None
     domain_name: str | None  # as its bytes in hex
     channels: frozenset[str]  # that it names, its own among them
-    start: datetime | None
     end: datetime | None
 
 
@@ -59,21 +58,30 @@ def find_legs(connection: PooledConnection, call: Selection) -> list[str]:
         found |= new
         if len(found) > MOST_LEGS:
             break
-    raise ApiError(
-        409,
+    raise too_many()
+
+
+def too_many() -> ApiError:
+    message = (
         f"More legs belong together with this call than are followed ({MOST_LEGS:,}, or {MOST_STEPS} from one to "
-        "the next): read call_range of its day instead.",
+        "the next): read call_range of its day instead."
     )
+    return ApiError(409, message)
 
 
 def select_links(
     connection: PooledConnection, selection: Selection, channels: Collection[str] | None = None
 ) -> list[Leg]:
-    """The selected calls as legs; with channels only those that name one of them."""
+    """The selected calls as legs; with channels only those that name one of them.
+
+    Raises ApiError 409 for more rows than legs are followed: of legs that are stored twice, too.
+    """
     matching_calls = compose_matching(selection.source(connection))
     query = STATEMENTS["select_links"].format(matching_calls=matching_calls).as_string()
     parameters: dict[str, Any] = {"channels": None if channels is None else sorted(channels), "most": MOST_LEGS + 1}
-    rows = connection.execute(mogrify(connection, query, selection.parameters() | parameters))
+    rows = connection.execute(mogrify(connection, query, selection.parameters() | parameters)).fetchall()
+    if len(rows) > MOST_LEGS:
+        raise too_many()
     return [Leg(**row | {"channels": frozenset(row["channels"])}) for row in rows]
 
 
@@ -89,11 +97,9 @@ def narrow(domains: Domains, leg: Leg) -> Domains:
 
 
 def find_window(legs: Iterable[Leg]) -> tuple[datetime, datetime] | None:
-    """In which other legs end that name one of some legs: they lasted at the same time; None if no end is known."""
-    lasted = [(leg.start or leg.end, leg.end) for leg in legs if leg.end]
-    if not lasted:
-        return None
-    return min(max(start, shift(end, -REACH)) for start, end in lasted), max(shift(end, REACH) for _, end in lasted)
+    """In which other legs end that name one of some legs; None if no end is known."""
+    ends = [leg.end for leg in legs if leg.end]
+    return (shift(min(ends), -REACH), shift(max(ends), REACH)) if ends else None
 
 
 def shift(instant: datetime, distance: timedelta) -> datetime:

@@ -128,12 +128,14 @@ def test_a_queues_caller_and_the_agents_that_it_rang(database: Database, client:
 
 
 def test_a_transfer_by_way_of_a_call_that_ended_before_it(database: Database, client: Client) -> None:
-    """Attended: the agent asks a colleague first. The two legs have only the colleague's channel in common."""
-    caller = insert(database, "07:00:00 08:30:00", bridge_uuid=NOT_STORED)
-    consultation = insert(database, "07:05:00 07:06:00", bridge_uuid=NOT_STORED)
+    """Attended: the agent asks a colleague first. The legs have only the colleague's channel in common."""
+    colleague = NOT_STORED.replace("ee", "ed")
+    caller = insert(database, "07:00:00 08:30:00", bridge_uuid=colleague)
+    consultation = insert(database, "07:05:00 07:06:00", bridge_uuid=colleague)
     later = insert(database, "07:50:00 08:40:00", bridge_uuid=caller)
-    for uuid in (caller, consultation, later):
-        assert legs(client, uuid) == [consultation, caller, later]
+    last = insert(database, "08:50:00 08:55:00", originating_leg_uuid=colleague)  # when all the others have ended
+    for uuid in (caller, consultation, later, last):
+        assert legs(client, uuid) == [consultation, caller, later, last]
 
 
 def test_legs_are_followed_until_nothing_more_comes(database: Database, client: Client) -> None:
@@ -191,6 +193,20 @@ def test_too_many_legs_are_an_error_and_not_some_of_them(make_database: Database
     response = client.get(f"/api/calls/{caller}/legs")
     assert response.status_code == 409
     assert problem(response)["message"].startswith("More legs belong together with this call than are followed (1,000")
+
+
+def test_legs_that_are_stored_twice_do_not_push_others_out(make_database: DatabaseMaker) -> None:
+    database = make_database(index=True)
+    client = database.client(database.account("alpha.example.com"))
+    caller = database.insert_call(start_stamp="2026-02-03 09:00+00")
+    database.execute("CREATE TABLE old (LIKE v_xml_cdr INCLUDING INDEXES) INHERITS (v_xml_cdr)")
+    database.execute(
+        "INSERT INTO v_xml_cdr (xml_cdr_uuid, domain_name, end_stamp, originating_leg_uuid) SELECT"
+        " gen_random_uuid(), 'alpha.example.com', '2026-02-03 09:01Z', %s FROM generate_series(1, %s)",
+        [caller, MOST_LEGS * 6 // 10],
+    )
+    database.execute("INSERT INTO old SELECT * FROM v_xml_cdr")
+    assert client.get(f"/api/calls/{caller}/legs").status_code == 409
 
 
 @pytest.mark.parametrize("release", demo.RELEASES)

@@ -396,6 +396,16 @@ def test_a_day_of_25_hours_and_ranges(few: Client) -> None:
     )
 
 
+def test_a_time_that_the_clock_skips_has_no_interval(make_database: DatabaseMaker) -> None:
+    database = make_database()
+    database.insert_call(start_stamp="2026-03-29 00:50+00", end_stamp="2026-03-29 01:10+00")
+    client = database.client(database.account("alpha.example.com"))
+    for kind in ("concurrent", "active"):
+        for active_only in ("false", "true"):
+            skipped = {"date": "2026-03-29T02:30", "tz": "Europe/Berlin", "active_only": active_only}
+            assert intervals(client, kind, **skipped) == []
+
+
 def test_every_domain_of_the_account_is_there(client: Client) -> None:
     rows = intervals(client, "concurrent", date="2026-10-12", resolution="60")
     assert len(rows) == 48
