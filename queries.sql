@@ -38,11 +38,15 @@ SET LOCAL client_encoding = {encoding}
 LOCK TABLE v_xml_cdr IN ACCESS SHARE MODE;
 
 -- name: touch_calls
--- No row: by the index of each server that a part of v_xml_cdr is on, also of one that cannot hold such a call.
+-- No row: by the key's index of each server that a part of v_xml_cdr is on. Not by the domain: of a view that has
+-- a condition on that PostgreSQL would see that there is nothing to be looked for.
 -- postgres_fdw has a snapshot and locks there from now on, for as long as the transaction here lasts.
 SET LOCAL enable_partition_pruning = off;
 SET LOCAL constraint_exclusion = off;
-SELECT FROM v_xml_cdr WHERE domain_uuid = '00000000-0000-0000-0000-000000000000'::uuid;
+SELECT FROM (SELECT NULL::uuid AS uuid, NULL::uuid AS xml_cdr_uuid) AS absent
+ CROSS JOIN LATERAL (SELECT FROM v_xml_cdr AS cdr
+                      WHERE uuid = '00000000-0000-0000-0000-000000000000'
+                         OR xml_cdr_uuid = '00000000-0000-0000-0000-000000000000') AS calls;
 SET LOCAL enable_partition_pruning TO DEFAULT;
 SET LOCAL constraint_exclusion TO DEFAULT;
 
