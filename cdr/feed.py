@@ -56,7 +56,7 @@ class FeedCursor:
     purpose: str  # a digest of the filters and of the domains that were named
     grants: int | str | None  # the newest of the account's grants; "*": it read everything; None: domains were named
     names: Sequence[str]  # of the domains, as find_marks shows them
-    table: int  # the oid of v_xml_cdr
+    table: int  # the oid of v_xml_cdr when the last page was read
     timeline: int
     position: str
     low: int | None  # None: everything below high
@@ -75,7 +75,7 @@ class FeedCursor:
     swept: str | None = None  # the taken of the last sweep
     complete: str | None = None  # the through of the last sweep
     absent: Sequence[str] = ()  # of the account's domains, those that v_domains lacked, as find_absent shows them
-    parts: str | None = None  # what v_xml_cdr consisted of when the window was opened, as digest_parts shows it
+    parts: str | None = None  # what v_xml_cdr consisted of then, as digest_parts shows it
 
     @property
     def boundary(self) -> datetime | None:
@@ -398,7 +398,7 @@ def read_window(
         cursor = open_window(cursor, selection, horizon, tables, taken.isoformat() if taken else cursor.through)
         cursor = replace(cursor, shallow=is_shallow(cursor, service.settings.sweep_seconds))
     else:
-        cursor = narrow(cursor, selection.domains)
+        cursor = narrow(cursor, selection.domains, tables)
     return Window(cursor, selection, snapshot, timedelta(days=service.settings.lookback_days)), taken is not None
 
 
@@ -420,10 +420,11 @@ def open_window(
     )
 
 
-def narrow(cursor: FeedCursor, domains: Domains) -> FeedCursor:
+def narrow(cursor: FeedCursor, domains: Domains, tables: Mapping[str, Any]) -> FeedCursor:
     """The cursor in the middle of a window, with the least that its pages were read under.
 
-    A page passes over what the account may not read just then, though it might when the window was opened.
+    A page passes over what the account may not read just then, though it might when the window was opened, and
+    what is no part of v_xml_cdr just then.
     """
     marks = find_marks(domains)
     return replace(
@@ -431,6 +432,8 @@ def narrow(cursor: FeedCursor, domains: Domains) -> FeedCursor:
         grants=show_grants(domains) if cursor.grants == "*" else cursor.grants,
         names=[name for name in cursor.names if name in marks],
         absent=sorted({*cursor.absent, *find_absent(domains)}),
+        table=tables["root"],
+        parts=digest_parts(tables),
     )
 
 

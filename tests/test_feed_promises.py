@@ -468,6 +468,29 @@ def test_what_becomes_a_part_in_the_middle_of_a_window_is_told(partitioned: Data
     assert "older calls" in poller.refused()
 
 
+def test_a_table_that_was_another_for_one_page_is_told(database: Database) -> None:
+    poller = Poller(database.client(database.account(ALPHA)), "2026-01-01", limit="1")
+    calls = [database.insert_call(end_stamp=f"2026-02-03 10:00:0{second}+00") for second in range(3)]
+    assert poller.poll() == calls[:1]
+    database.execute("ALTER TABLE v_xml_cdr RENAME TO before; CREATE TABLE v_xml_cdr (LIKE before INCLUDING ALL)")
+    database.execute("GRANT SELECT ON v_xml_cdr TO cdr_api")
+    assert poller.poll() == []
+    database.execute("ALTER TABLE v_xml_cdr RENAME TO after; ALTER TABLE before RENAME TO v_xml_cdr")
+    assert "older calls" in poller.refused()
+
+
+def test_a_part_that_was_away_for_one_page_is_told(partitioned: Database) -> None:
+    database = partitioned
+    poller = Poller(database.client(database.account(ALPHA)), "2026-01-01", limit="1")
+    database.execute("CREATE TABLE march PARTITION OF v_xml_cdr FOR VALUES FROM ('2026-03-01') TO ('2026-04-01')")
+    calls = [database.insert_call(end_stamp=f"2026-0{month}-03 10:00:00+00") for month in (2, 2, 3)]
+    assert poller.poll() == calls[:1]
+    database.execute("ALTER TABLE v_xml_cdr DETACH PARTITION february")
+    assert poller.poll() == calls[2:]
+    database.execute("ALTER TABLE v_xml_cdr ATTACH PARTITION february FOR VALUES FROM ('2026-02-01') TO ('2026-03-01')")
+    assert "older calls" in poller.refused()
+
+
 def test_a_name_given_to_older_calls_between_pages_is_told(database: Database, client: Client) -> None:
     alpha = database.execute("SELECT domain_uuid FROM v_domains WHERE domain_name = %s", [ALPHA])[0][0]
     database.insert_call(domain_uuid=None, domain_name="new.example.com", end_stamp=days_ago(3))
