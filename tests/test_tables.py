@@ -1,4 +1,4 @@
-"""docs/engines.md: the lines that read calls into pandas, DuckDB, jq and PostgreSQL, and the webhook's signature."""
+"""docs/engines.md: the lines that read calls into tables of other programs, and the webhook's signature."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import base64
 import json
 import re
 import subprocess
+import zipfile
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -24,7 +26,8 @@ RISKY: list[tuple[str | None, str | None, int]] = [
     ('a "quote", a comma', "+4930123", 60),
     ("two\nlines", "20261001", 3),
     ("", "2026-10-01", 5),
-    ("ÄÖ€ 日本", "nan", 0),
+    ("ÄÖ€ 日本 😀", "nan", 0),
+    ("=1+1", "12345678901234567890", 3600),
     (None, None, 9),
 ]
 SECONDS = sum(seconds for _, _, seconds in RISKY)
@@ -86,7 +89,7 @@ def test_duckdb_reads_text_as_text() -> None:
 
 def test_jq_adds_up_one_call_at_a_time(folder: Path) -> None:
     need("jq")
-    (line,) = blocks("sh")
+    line = blocks("sh")[0]
     done = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout == f"{SECONDS}\n"
 
@@ -100,6 +103,49 @@ def test_postgresql_tells_null_from_an_empty_text(database: Database, folder: Pa
             copy.write((folder / "calls.csv").read_bytes())
         query = "SELECT caller_id_name, destination_number, billsec::int FROM calls ORDER BY xml_cdr_uuid"
         assert connection.execute(query).fetchall() == RISKY
+
+
+SHEET = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
+
+
+def read_sheet(path: Path) -> list[dict[str, str | float]]:
+    """The rows of a workbook by the names in the first: texts, numbers, and no entry for an empty cell."""
+    with zipfile.ZipFile(path) as book:
+        strings, sheet = (
+            ElementTree.fromstring(book.read(f"xl/{name}.xml")) for name in ("sharedStrings", "worksheets/sheet1")
+        )
+    texts = ["".join(part.text or "" for part in item.iter(f"{SHEET}t")) for item in strings.iter(f"{SHEET}si")]
+    rows: list[dict[str, str | float]] = []
+    for row in sheet.iter(f"{SHEET}row"):
+        cells: dict[str, str | float] = {}
+        for cell in row.iter(f"{SHEET}c"):
+            assert cell.find(f"{SHEET}f") is None, "a formula"
+            if value := cell.findtext(f"{SHEET}v"):
+                cells[cell.attrib["r"].rstrip("0123456789")] = (
+                    texts[int(value)] if cell.get("t") == "s" else float(value)
+                )
+        rows.append(cells)
+    return [{str(rows[0][column]): value for column, value in cells.items()} for cells in rows[1:]]
+
+
+@pytest.mark.parametrize("safe", ["false", "true"], ids=["as it is", "csv_safe"])
+def test_libreoffice_reads_text_as_text(client: Client, folder: Path, safe: str) -> None:
+    """Each cell is what the route sends as JSON, but for the apostrophes of csv_safe."""
+    need("soffice")
+    query = {"domain_name": "alpha.example.com", "fields": FIELDS}
+    (folder / "calls.csv").write_bytes(client.get("/api/calls", **query, format="csv", csv_safe=safe).data)
+    program = ["soffice", f"-env:UserInstallation={(folder / 'profile').as_uri()}"]
+    words = blocks("sh")[1].split()
+    assert words[0] == program[0]
+    subprocess.run([*program, *words[1:]], cwd=folder, capture_output=True, check=True, timeout=120)
+    expected = [
+        {name: value for name, value in call.items() if value not in (None, "")}
+        for call in client.calls("/api/calls", **query)
+    ]
+    if safe == "true":
+        for call in expected:
+            call |= {name: f"'{value}" for name, value in call.items() if str(value).startswith(("=", "+"))}
+    assert read_sheet(folder / "calls.xlsx") == expected
 
 
 def test_the_function_that_verifies_knows_ours_from_others() -> None:
