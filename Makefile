@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: run install deb test fuzz test-deb test-pgbouncer test-versions test-pythons test-clusters torture day lint bench bench-peers lock assets clean gone
+.PHONY: run install deb test fuzz test-browsers test-deb test-pgbouncer test-versions test-pythons test-clusters torture day lint bench bench-peers lock assets clean gone
 
 run: $(VENV)/run ## serve on http://127.0.0.1:8000 (PORT= chooses another)
 	@$(BIN)/python -m demo
@@ -35,6 +35,9 @@ test-clusters: $(VENV)/test ## Patroni, whose leader is killed (needs patroni, e
 
 test-deb: $(VENV)/test ## the package in a bare Debian 12 and 13, from its installation to its purge (root; debootstrap)
 	$(BIN)/python -m pytest -s -o python_files=bare_debian.py tests/bare_debian.py
+
+test-browsers: $(VENV)/test ## the two pages in Firefox and in WebKit (Debian: firefox-esr, webkit2gtk-driver, xvfb)
+	$(BIN)/python -m pytest -o python_files=other_browsers.py tests/other_browsers.py
 
 fuzz: $(VENV)/test ## the C encoder under sanitizers, for ten minutes (needs gcc and Python.h)
 	FUZZ_SECONDS=600 $(BIN)/python -m pytest -s tests/test_encoder.py -k no_byte

@@ -1,5 +1,14 @@
 // Numbers and dates as the browser's language writes them, for both pages: one locale for everything.
-export const locale = navigator.language;
+export const locale = isLanguage(navigator.language) ? navigator.language : undefined; // Intl's own, then
+
+/** Not so is C, which WebKit takes from a system that has no language. */
+function isLanguage(name) {
+  try {
+    return Intl.getCanonicalLocales(name).length > 0;
+  } catch {
+    return false;
+  }
+}
 
 const format = (options) => new Intl.NumberFormat(locale, options);
 const wholes = format({ maximumFractionDigits: 0 });

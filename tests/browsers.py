@@ -13,7 +13,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
 
-from tests.conftest import PASSWORD
+from tests.conftest import PASSWORD, Client
 from tests.nginx import NAME
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -23,6 +23,12 @@ READER = "anna@example.com"
 PHONE = {"width": 390, "height": 800}
 NOW = "2026-12-03T12:00:00Z"  # on every page, so that the invented calls are of the month before
 DESKTOP = {"width": 1280, "height": 900}
+
+OF_NOVEMBER = {"from": "2026-11-01", "to": "2026-11-30"}
+FILE_FIELDS = (
+    "xml_cdr_uuid,domain_name,direction,start_stamp,answer_stamp,end_stamp,duration,billsec,caller_id_name,"
+    "caller_id_number,source_number,caller_destination,destination_number,accountcode,leg,missed_call,hangup_cause"
+)
 
 # The browser itself writes a line for each answer that is not 2xx, and for each that it does not get.
 EXPECTED = (
@@ -128,3 +134,17 @@ def opening(browser: Browser, url: str) -> Iterator[Opener]:
         opened.page.context.close()
         assert opened.errors == []
         assert len(opened.hosts()) == 1
+
+
+def download_of(client: Client, domain: str) -> bytes:
+    """What the page's file of a domain's calls in OF_NOVEMBER holds, from the route."""
+    query = {
+        **OF_NOVEMBER,
+        "domain_name": domain,
+        "billable_only": "true",
+        "fields": FILE_FIELDS,
+        "format": "csv",
+        "csv_safe": "true",
+    }
+    data: bytes = client.get("/api/call_range", **query).data
+    return data

@@ -14,7 +14,18 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Download, Page, expect
 
-from tests.browsers import DESKTOP, PHONE, READER, Opener, Visit, in_a_browser, launch, opening
+from tests.browsers import (
+    DESKTOP,
+    OF_NOVEMBER,
+    PHONE,
+    READER,
+    Opener,
+    Visit,
+    download_of,
+    in_a_browser,
+    launch,
+    opening,
+)
 from tests.conftest import PASSWORD, Client, Database, DatabaseMaker, Gunicorn, serve, wait_for
 from tests.relay import Relay, relaying
 
@@ -23,7 +34,6 @@ pytestmark = [pytest.mark.direct("is about browsers"), in_a_browser]
 ALPHA, BETA, ONE, NONE, LONG = (f"{name}.example.com" for name in ("alpha", "beta", "one", "none", "long"))
 NOVEMBER = {"month": "2026-11"}
 ALPHAS = {"month": "2026-11", "domain": ALPHA}
-RANGE = {"from": "2026-11-01", "to": "2026-11-30"}
 
 
 @pytest.fixture(scope="module")
@@ -557,7 +567,7 @@ def test_the_tables_are_downloaded_in_whole_numbers(database: Database, november
     saved = save(november, "days")
     assert saved.suggested_filename == f"days_{ALPHA}_2026-11_each-conversation-once_UTC.csv"
     days = {row["day"]: [int(row[name]) for name in ("calls", "answered", "seconds")] for row in read_csv(saved)}
-    totals = client.calls("/api/call_totals", **RANGE, group_by="day", billable_only="true")
+    totals = client.calls("/api/call_totals", **OF_NOVEMBER, group_by="day", billable_only="true")
     assert {day: numbers for day, numbers in days.items() if numbers[0]} == {
         row["day"]: [row["calls"], row["answered"], row["billsec"]] for row in totals
     }
@@ -575,7 +585,9 @@ def test_what_is_rounded_up_is_in_the_files_too(database: Database, november: Vi
         rounded = {direction: expected[row["day"], direction] for direction in DIRECTIONS}
         assert {name: int(row[f"{name}_seconds_60_60"]) for name in DIRECTIONS} == rounded
         assert int(row["seconds_60_60"]) == sum(rounded.values())
-    totals = client.calls("/api/call_totals", **RANGE, group_by="direction", billable_only="true", domain_name=ALPHA)
+    totals = client.calls(
+        "/api/call_totals", **OF_NOVEMBER, group_by="direction", billable_only="true", domain_name=ALPHA
+    )
     assert {
         row["direction"]: [int(row[name]) for name in ("calls", "answered", "seconds", "seconds_60_60")]
         for row in read_csv(save(november, "directions"))
@@ -587,7 +599,7 @@ def test_what_is_rounded_up_is_in_the_files_too(database: Database, november: Vi
         for row in totals
     }  # fmt: skip
     called: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-    for call in client.call_range(*RANGE.values(), billable_only="true", direction="outbound"):
+    for call in client.call_range(*OF_NOVEMBER.values(), billable_only="true", direction="outbound"):
         seconds = call["billsec"]
         counted = called[call["destination_number"]]
         called[call["destination_number"]] = [
@@ -597,25 +609,6 @@ def test_what_is_rounded_up_is_in_the_files_too(database: Database, november: Vi
         row["destination_number"].removeprefix("'"): [int(row[name]) for name in ("calls", "seconds", "seconds_60_60")]
         for row in read_csv(save(november, "destinations"))
     } == called
-
-
-FILE_FIELDS = (
-    "xml_cdr_uuid,domain_name,direction,start_stamp,answer_stamp,end_stamp,duration,billsec,caller_id_name,"
-    "caller_id_number,source_number,caller_destination,destination_number,accountcode,leg,missed_call,hangup_cause"
-)
-
-
-def download_of(client: Client, domain: str) -> bytes:
-    query = {
-        **RANGE,
-        "domain_name": domain,
-        "billable_only": "true",
-        "fields": FILE_FIELDS,
-        "format": "csv",
-        "csv_safe": "true",
-    }
-    data: bytes = client.get("/api/call_range", **query).data
-    return data
 
 
 def test_calls_are_downloaded_as_the_route_sends_them(november: Visit, client: Client) -> None:
@@ -710,7 +703,9 @@ def test_months_are_those_of_the_zone_that_is_named(database: Database, november
     assert "(time zone UTC)" in november.text("meaning")
     november.show(**ALPHAS, tz="Pacific/Auckland")
     assert "(time zone Pacific/Auckland)" in november.text("meaning")
-    totals = client.calls("/api/call_totals", **RANGE, tz="Pacific/Auckland", group_by="day", billable_only="true")
+    totals = client.calls(
+        "/api/call_totals", **OF_NOVEMBER, tz="Pacific/Auckland", group_by="day", billable_only="true"
+    )
     shown = {day_of(row): row[3] for row in november.rows("days") if row[3] != "0"}
     assert shown == {row["day"]: f"{row['calls']:,}" for row in totals}
 
@@ -724,6 +719,18 @@ def test_numbers_dates_and_axes_are_those_of_the_browsers_language(database: Dat
     expect(opened.page.get_by_role("heading", level=1)).to_have_text(f"{ALPHA}, November 2026")
     ticks = opened.page.evaluate("(scale => scale.getLabelForValue(1234.5))(Chart.getChart('minutes-plot').scales.y)")
     assert ticks == "1.234,5"
+
+
+def test_a_system_without_a_language_is_no_obstacle(visit: Opener) -> None:
+    """WebKit calls its language C then, of which Intl wants to know nothing."""
+    opened = visit("/api/usage")
+    opened.page.add_init_script("Object.defineProperty(navigator, 'language', { value: 'C' })")
+    opened.page.reload()
+    opened.log_in()
+    opened.wait_until_read()
+    opened.show(**ALPHAS)
+    assert opened.page.evaluate("navigator.language") == "C"
+    assert len(opened.rows("destinations")) == 10
 
 
 @pytest.mark.parametrize(("viewport", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")], ids=["desk", "phone"])
