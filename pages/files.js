@@ -3,6 +3,7 @@ import { count, whole } from "./format.js";
 import { ApiError, readBytes, readJson } from "./session.js";
 
 const LINE_END = 10, QUOTE = 34;
+const BOM = "\ufeff"; // by which Excel knows UTF-8
 
 // As csv_safe does it: a spreadsheet would run such text as a formula.
 const cell = (value) => {
@@ -22,7 +23,7 @@ function download(blob, name) {
 /** Rows of cells as a file. Numbers are written for programs: whole, without separators. */
 export function saveTable(parts, rows) {
   const text = rows.map((cells) => `${cells.map(cell).join(",")}\n`).join("");
-  download(new Blob([text], { type: "text/csv" }), fileName(parts));
+  download(new Blob([BOM, text], { type: "text/csv" }), fileName(parts));
 }
 
 /**
@@ -47,9 +48,10 @@ async function countCalls(parameters, signal) {
   return calls;
 }
 
-/** Writes what call_range answers to a target; gives the number of calls. */
+/** Writes what call_range answers to a target, behind a BOM; gives the number of calls. */
 async function copyCalls(target, parameters, signal, progress) {
   let lines = 0, quoted = false;
+  await target.write(BOM);
   for await (const bytes of readBytes("call_range", parameters, signal)) {
     for (const byte of bytes) {
       if (byte === QUOTE) quoted = !quoted;
@@ -82,7 +84,8 @@ export async function saveCalls(job, parts, range, fields) {
         throw new ApiError(0, `The file was thrown away: ${count(found, "call")} came, but there are ${whole(after)}.`);
       }
       await target.close();
-      said = `Saved ${name}: ${count(found, "call")}, complete.`;
+      said = `Saved ${name}: ${count(found, "call")}, complete. Import it into a spreadsheet with its columns as text:`
+        + " opened with a double click, telephone numbers lose their zeros.";
     } catch (error) {
       await target.abort();
       throw error.status === 0 ? new ApiError(0, `${error.message} No file was saved.`) : error;

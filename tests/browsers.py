@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -137,7 +138,7 @@ def opening(browser: Browser, url: str) -> Iterator[Opener]:
 
 
 def download_of(client: Client, domain: str) -> bytes:
-    """What the page's file of a domain's calls in OF_NOVEMBER holds, from the route."""
+    """What the page's file of a domain's calls in OF_NOVEMBER holds: a BOM, and what the route sends."""
     query = {
         **OF_NOVEMBER,
         "domain_name": domain,
@@ -147,4 +148,4 @@ def download_of(client: Client, domain: str) -> bytes:
         "csv_safe": "true",
     }
     data: bytes = client.get("/api/call_range", **query).data
-    return data
+    return BOM_UTF8 + data

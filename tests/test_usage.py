@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import re
+from codecs import BOM_UTF8
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -541,7 +542,10 @@ def test_a_token_that_is_no_longer_good_is_asked_for_in_place(database: Database
 
 
 def read_csv(download: Download) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(download.path().read_text("utf-8"), newline="")))
+    """What Excel knows to be UTF-8."""
+    data = download.path().read_bytes()
+    assert data.startswith(BOM_UTF8)
+    return list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline="")))
 
 
 def save(opened: Visit, name: str) -> Download:
@@ -633,7 +637,8 @@ window.showSaveFilePicker = async ({ suggestedName }) => {
 };
 window.readChosen = async () => {
   const folder = await navigator.storage.getDirectory();
-  return (await (await folder.getFileHandle(window.chosen)).getFile()).text();
+  const file = await (await folder.getFileHandle(window.chosen)).getFile();
+  return new TextDecoder("utf-8", { ignoreBOM: true }).decode(await file.arrayBuffer()); // as it is
 };
 null
 """
