@@ -80,7 +80,7 @@ from cdr.service import Service
 from cdr.settings import SettingError, Settings
 from cdr.short import find_short
 from cdr.statements import STATEMENTS, can_hold
-from cdr.stream import FORMATS, CallStream, Format, Rows, copy_calls, copy_page, copy_query
+from cdr.stream import FORMATS, CallStream, Format, Rows, copy_calls, copy_nothing, copy_page, copy_query
 from cdr_admin import register_commands
 from cdr_metrics import register_metrics
 from cdr_pages import register_pages
@@ -596,6 +596,8 @@ def read_calls(
 ) -> tuple[Rows, Key | None]:
     """The calls of all parts, or a page of the first; and the key that ends it, None if nothing follows."""
     fields, csv_safe = values["fields"] or FIELDS, bool(values["csv_safe"])
+    if not parts[0].possible:
+        return copy_nothing(connection, output, fields), None
     if not values["limit"]:
         return copy_calls(connection, parts, output, fields, csv_safe=csv_safe), None
     return copy_page(connection, find_windows(connection, parts[0], page_before), output, fields, csv_safe=csv_safe)

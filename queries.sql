@@ -93,6 +93,10 @@ SELECT {columns}
  ORDER BY CASE WHEN %(part)s = 'dated' THEN calls.end_at END{backwards}, calls.xml_cdr_uuid{backwards}
  LIMIT %(limit)s;
 
+-- name: select_nothing
+-- No row, with the columns of select_calls: for what no call can be, which need not be planned.
+SELECT {columns} WHERE false;
+
 -- name: select_page
 -- The calls of {query}, which is select_calls with told_stamp and told_uuid, of one more than the page has
 -- (page_size), and read once. Before the fields of each row stands in told whether it is a call ("false": there

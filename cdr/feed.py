@@ -282,7 +282,7 @@ class Window:
             boundary=cursor.boundary if cursor.lowest != cursor.low else None,  # else there is but one window
         )
         if cursor.lowest == cursor.high:  # no transaction has ended meanwhile: nothing needs to be looked at
-            written = replace(written, possible=False, domains=Domains())
+            written = replace(written, possible=False)
         return written.parts(cursor.key and (cursor.key[0], cursor.key[1]), limit)
 
     @property

@@ -243,6 +243,13 @@ def copy_query(
     return copy_batches(connection, finish(connection.home, mogrify(connection, copy, {**parameters, "header": True})))
 
 
+def copy_nothing(connection: PooledConnection, output: Format, fields: Sequence[str]) -> Rows:
+    """No call, by a query that ends the transaction."""
+    columns = [sql.SQL("NULL AS {}").format(sql.Identifier(name)) for name in fields]
+    query = STATEMENTS["select_nothing"].format(columns=sql.SQL(", ").join(columns))
+    return copy_query(connection, query, {}, output, dict.fromkeys(fields, False))
+
+
 def finish(database: Database, copies: bytes, *, commit: bool = True) -> bytes:
     return set_encoding(database).encode() + copies + (b";COMMIT" if commit else b"")
 
