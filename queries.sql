@@ -63,9 +63,8 @@ SELECT FROM ({listed}) AS listed LIMIT 0;
 -- name: take_stream_slot
 -- One row: whether the account gets a slot for another long answer: one of its
 -- advisory locks (of a server, shared by all workers), which end with the transaction.
--- 1667527680 is "cdr" as the first three bytes. And what the snapshot says of the table,
--- so that statements need not provide for everything: nameless, whether there may be calls
--- without a domain_uuid; zoned, whether stamps are instants; and foreign and lockable, as examine_session has them.
+-- 1667527680 is "cdr" as the first three bytes. And whether the snapshot may have calls without a domain_uuid
+-- (nameless), for which statements else need not provide.
 -- alone: an index brings the rows in their order, and one process is as fast as
 -- several that go through it, which take all processors of the PBX. Without the
 -- index they share the search.
@@ -73,14 +72,7 @@ SELECT has_slot,
        set_config('statement_timeout', CASE WHEN has_slot THEN %(statement_timeout)s::text ELSE '1s' END, true),
        set_config('max_parallel_workers_per_gather',
                   CASE WHEN %(alone)s THEN '0' ELSE current_setting('max_parallel_workers_per_gather') END, true),
-       CASE WHEN %(probed)s THEN EXISTS (SELECT FROM v_xml_cdr WHERE domain_uuid IS NULL) ELSE true END AS nameless,
-       (SELECT count(*) = 3 FROM pg_attribute
-         WHERE attrelid = to_regclass('v_xml_cdr') AND attname IN ('start_stamp', 'answer_stamp', 'end_stamp')
-           AND atttypid = 'timestamptz'::regtype) AS zoned,
-       EXISTS (SELECT FROM pg_foreign_table AS f
-                 JOIN pg_class AS c ON c.oid = to_regclass('v_xml_cdr')
-                WHERE c.oid = f.ftrelid OR c.relkind = 'v' OR f.ftrelid IN (SELECT inhrelid FROM pg_inherits)) AS "foreign",
-       coalesce((SELECT relkind IN ('r', 'p', 'v') FROM pg_class WHERE oid = to_regclass('v_xml_cdr')), true) AS lockable
+       CASE WHEN %(probed)s THEN EXISTS (SELECT FROM v_xml_cdr WHERE domain_uuid IS NULL) ELSE true END AS nameless
   FROM (SELECT EXISTS (SELECT FROM generate_series(1, %(streams)s) AS slot
                         WHERE pg_try_advisory_xact_lock(1667527680 + slot, %(account_id)s)) AS has_slot
         OFFSET 0) AS attempt;
@@ -483,28 +475,11 @@ SELECT {columns} FROM ({query}) AS calls;
 -- name: examine_session
 -- One row: pid, the process that serves us; whether an index brings the calls of a
 -- domain in the order of the key, or those of a range by its epochs; probed, whether it
--- does so for all of the table (a part that is a foreign table, or that inherits, has none of its indexes); lockable, whether LOCK TABLE takes the table;
--- foreign, whether calls may be on another server: in a foreign table, which a view may hide;
+-- does so for all of the table (a part that is a foreign table, or that inherits, has none of its indexes);
 -- isolated, whether the role is set to transactions of one snapshot for all their statements; and
--- doubled, whether nothing keeps a plain table, or a partition or other child of this server, from holding a key
--- twice; keyless, the name of one; and loose, whether a key may be in two of them, or twice with other values of what
+-- loose, whether a key may be in two parts of the table, or twice with other values of what
 -- its index has besides, or whether there is a view or a foreign table, which tells no key.
-WITH RECURSIVE parts AS (
-    SELECT c.oid, c.relkind FROM pg_class AS c WHERE c.oid = to_regclass('v_xml_cdr')
-     UNION ALL
-    SELECT c.oid, c.relkind
-      FROM parts
-      JOIN pg_inherits AS i ON i.inhparent = parts.oid
-      JOIN pg_class AS c ON c.oid = i.inhrelid
-), keyless AS (
-    SELECT parts.oid
-      FROM parts
-     WHERE relkind = 'r'
-       AND NOT EXISTS (SELECT FROM pg_index AS i
-                         JOIN pg_attribute AS a ON a.attrelid = i.indexrelid AND a.attnum <= i.indnkeyatts
-                        WHERE i.indrelid = parts.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
-                          AND a.attname IN ('uuid', 'xml_cdr_uuid'))
-), indexes AS (
+WITH indexes AS (
     SELECT i.indisvalid, i.indisunique, i.indpred,
            (SELECT array_agg(a.attname::text ORDER BY a.attnum)
               FROM pg_attribute AS a
@@ -525,18 +500,40 @@ SELECT pg_backend_pid() AS pid, indexed, epochs_indexed,
                             WHERE i.inhparent = to_regclass('v_xml_cdr')
                               AND (part.relkind = 'f' OR whole.relkind <> 'p')) AS probed,
        EXISTS (SELECT FROM indexes WHERE indisvalid AND columns[1:2] = ARRAY['domain_name', 'end_stamp']) AS nameless_indexed,
-       coalesce((SELECT relkind IN ('r', 'p', 'v') FROM pg_class WHERE oid = to_regclass('v_xml_cdr')), true) AS lockable,
-       EXISTS (SELECT FROM pg_foreign_table AS f
-                 JOIN pg_class AS c ON c.oid = to_regclass('v_xml_cdr')
-                WHERE c.oid = f.ftrelid OR c.relkind = 'v' OR f.ftrelid IN (SELECT inhrelid FROM pg_inherits)) AS "foreign",
        current_setting('default_transaction_isolation') NOT IN ('read committed', 'read uncommitted') AS isolated,
-       EXISTS (SELECT FROM keyless) AS doubled,
-       (SELECT min(oid::regclass::text) FROM keyless) AS keyless,
-       (SELECT count(*) FROM parts) > 1
+       EXISTS (SELECT FROM pg_inherits WHERE inhparent = to_regclass('v_xml_cdr'))
            OR NOT EXISTS (SELECT FROM indexes
                            WHERE indisunique AND indisvalid AND indpred IS NULL
                              AND columns IN (ARRAY['uuid'], ARRAY['xml_cdr_uuid'])) AS loose
   FROM served;
+
+-- name: examine_tables
+-- One row: lockable, whether LOCK TABLE takes v_xml_cdr;
+-- foreign, whether calls may be on another server: in a foreign table, which a view may hide;
+-- keyless, the name of a plain table, or of a partition or other child of this server, that nothing keeps from
+-- holding a key twice (NULL: there is none); and zoned, whether stamps are known to be instants.
+WITH RECURSIVE parts AS (
+    SELECT c.oid, c.relkind FROM pg_class AS c WHERE c.oid = to_regclass('v_xml_cdr')
+     UNION ALL
+    SELECT c.oid, c.relkind
+      FROM parts
+      JOIN pg_inherits AS i ON i.inhparent = parts.oid
+      JOIN pg_class AS c ON c.oid = i.inhrelid
+)
+SELECT coalesce((SELECT relkind IN ('r', 'p', 'v') FROM pg_class WHERE oid = to_regclass('v_xml_cdr')), true) AS lockable,
+       EXISTS (SELECT FROM pg_foreign_table AS f
+                 JOIN pg_class AS c ON c.oid = to_regclass('v_xml_cdr')
+                WHERE c.oid = f.ftrelid OR c.relkind = 'v' OR f.ftrelid IN (SELECT inhrelid FROM pg_inherits)) AS "foreign",
+       (SELECT min(oid::regclass::text)
+          FROM parts
+         WHERE relkind = 'r'
+           AND NOT EXISTS (SELECT FROM pg_index AS i
+                             JOIN pg_attribute AS a ON a.attrelid = i.indexrelid AND a.attnum <= i.indnkeyatts
+                            WHERE i.indrelid = parts.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
+                              AND a.attname IN ('uuid', 'xml_cdr_uuid'))) AS keyless,
+       (SELECT count(*) = 3 FROM pg_attribute
+         WHERE attrelid = to_regclass('v_xml_cdr') AND attname IN ('start_stamp', 'answer_stamp', 'end_stamp')
+           AND atttypid = 'timestamptz'::regtype) AS zoned;
 
 -- name: set_session
 -- For as long as a connection has a server process of its own: what begin_read sets for others.

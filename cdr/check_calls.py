@@ -103,18 +103,19 @@ def check_row_security(_subject: Subject, connection: Connection) -> Iterator[Fi
 
 def check_key(_subject: Subject, connection: Connection) -> Iterator[Finding]:
     key = "uuid" if "uuid" in find_columns(connection) else "xml_cdr_uuid"
-    found = run(connection, "examine_session")[0]
-    doubles = run(connection, "count_doubles")[0]["calls"] if found["doubled"] or found["loose"] else 0
-    if found["doubled"]:
-        text = f"{found['keyless']} has no primary key, and {doubles} calls are stored more than once"
-        mend = Place.of(connection).execute(f"ALTER TABLE {found['keyless']} ADD PRIMARY KEY ({key});")
+    keyless = run(connection, "examine_tables")[0]["keyless"]
+    loose = run(connection, "examine_session")[0]["loose"]
+    doubles = run(connection, "count_doubles")[0]["calls"] if keyless or loose else 0
+    if keyless:
+        text = f"{keyless} has no primary key, and {doubles} calls are stored more than once"
+        mend = Place.of(connection).execute(f"ALTER TABLE {keyless} ADD PRIMARY KEY ({key});")
         yield BAD, "key", f"{text}; each counts once, and every answer is slow; run {mend}"
     elif doubles:
         text = f"{doubles} calls are stored more than once, in partitions, children or what a view puts together"
         find = Place.of(connection).execute(SHOW_DOUBLES.format(key=key))
         yield BAD, "key", f"{text}, and come that often; delete all but one of each: run {find}"
     else:
-        yield GOOD, "key", "no call is stored twice" if found["loose"] else "no call can be stored twice"
+        yield GOOD, "key", "no call is stored twice" if loose else "no call can be stored twice"
 
 
 def check_index(_subject: Subject, connection: Connection) -> Iterator[Finding]:

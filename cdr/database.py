@@ -60,7 +60,7 @@ class PooledConnection(Connection):
     )
     lockable = True  # whether LOCK TABLE takes v_xml_cdr, which may be a foreign table
     foreign = False  # whether calls may be on another server
-    doubled = False  # whether nothing keeps v_xml_cdr from holding a call twice
+    doubled = False  # whether nothing kept v_xml_cdr from holding a call twice when it was last looked at
     nameless = True  # whether there may be calls without a domain_uuid; in a transaction that take_stream_slot began
     zoned = False  # whether stamps are known to be timestamptz; in such a transaction
     isolated = False  # whether the snapshot of a statement by itself is older than its locks
@@ -182,7 +182,7 @@ class Database:
         """
         self.note(reachable=True)
         found = run(connection, "examine_session")[0]
-        for name in ("indexed", "epochs_indexed", "probed", "lockable", "foreign", "doubled"):
+        for name in ("indexed", "epochs_indexed", "probed"):
             setattr(connection, name, found[name])
         is_own = found["pid"] == connection.info.backend_pid
         if is_own:
@@ -190,6 +190,9 @@ class Database:
         connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED  # of its transactions
         connection.isolated = found["isolated"] and not is_own
         connection.prepared = {} if is_own else None
+        tables = run_planned(connection, "examine_tables")[0]
+        connection.lockable, connection.foreign = tables["lockable"], tables["foreign"]
+        connection.doubled = tables["keyless"] is not None
 
     @contextmanager
     def connection(self) -> Iterator[PooledConnection]:
@@ -300,15 +303,21 @@ def prepare(connection: PooledConnection, query: str) -> str:
     prepared = connection.prepared
     if prepared is None:
         raise psycopg.NotSupportedError("this connection may get another server process")
-    if query not in prepared:
+    name = prepared.pop(query, None)
+    if name is None:
         if len(prepared) >= MOST_PREPARED:
-            oldest = next(iter(prepared))
-            connection.execute(STATEMENTS["deallocate"].format(name=sql.Identifier(prepared[oldest])))
-            del prepared[oldest]
+            unused = next(iter(prepared))  # for longest
+            connection.execute(STATEMENTS["deallocate"].format(name=sql.Identifier(prepared[unused])))
+            del prepared[unused]
         name = "cdr_api_" + hashlib.sha256(query.encode()).hexdigest()[:16]
         connection.execute(STATEMENTS["prepare"].format(name=sql.Identifier(name), query=sql.SQL(query)))
-        prepared[query] = name
-    return prepared[query]
+    prepared[query] = name
+    return name
+
+
+def prepare_planned(connection: PooledConnection, statement: str) -> str:
+    """The name under which a statement of queries.sql without parameters is prepared."""
+    return prepare(connection, STATEMENTS[statement].as_string().replace("%%", "%"))
 
 
 def run_planned(connection: PooledConnection, statement: str) -> list[dict[str, Any]]:
@@ -318,7 +327,7 @@ def run_planned(connection: PooledConnection, statement: str) -> list[dict[str, 
     """
     if connection.prepared is None:
         return run(connection, statement)
-    name = sql.Identifier(prepare(connection, STATEMENTS[statement].as_string().replace("%%", "%")))
+    name = sql.Identifier(prepare_planned(connection, statement))
     return connection.execute(STATEMENTS["execute_planned"].format(name=name)).fetchall()
 
 
@@ -332,11 +341,12 @@ def select_prepared(connection: PooledConnection, name: str, parameters: Sequenc
 
 
 def select_short(
-    connection: PooledConnection, settings: Sequence[bytes], name: str, parameters: Sequence[bytes]
-) -> list[bytes]:
+    connection: PooledConnection, settings: Sequence[bytes], name: str, parameters: Sequence[bytes], after: str
+) -> tuple[list[bytes], list[bytes]]:
     """The only column of a prepared statement's rows, in one round trip with a transaction of its own.
 
-    settings: statements that come before it. Raises psycopg.Error if one of them fails.
+    And the only row of another one, which comes after it. settings: statements that come before it. Raises
+    psycopg.Error if one of them fails.
     """
     pgconn = connection.pgconn
     pgconn.enter_pipeline_mode()
@@ -344,6 +354,7 @@ def select_short(
         for statement in (BEGIN_SHORT, *settings):
             pgconn.send_query_params(statement, None)
         pgconn.send_query_prepared(name.encode(), parameters)
+        pgconn.send_query_prepared(after.encode(), [])
         pgconn.send_query_params(COMMIT, None)
         pgconn.pipeline_sync()
         results = connection.wait(read_pipeline(pgconn))
@@ -352,7 +363,8 @@ def select_short(
         connection.close()  # in the middle of a pipeline it is of no more use
         raise
     check_results(results)
-    return first_column(results[len(settings) + 1])
+    calls, last = results[len(settings) + 1 : len(settings) + 3]
+    return first_column(calls), [last.get_value(0, column) or b"" for column in range(last.nfields)]
 
 
 def read_pipeline(pgconn: pq.abc.PGconn) -> PQGen[list[pq.abc.PGresult]]:

@@ -15,7 +15,7 @@ import psycopg
 from psycopg import sql
 
 from cdr.clients import Client, Shares, Watch
-from cdr.database import LOOKUP_SECONDS, Database, PooledConnection, run
+from cdr.database import LOOKUP_SECONDS, Database, PooledConnection, run, run_planned
 from cdr.errors import ApiError, refuse, unavailable
 from cdr.passwords import Passwords
 from cdr.requestlog import AuthLog, RequestLog
@@ -239,11 +239,12 @@ class Service:
         while cursor.nextset():
             pass
         found = cursor.fetchall()[0]
-        connection.has_stream_slot = found["has_slot"]
-        if (found["foreign"] and not connection.foreign) or found["lockable"] != connection.lockable:
+        connection.has_stream_slot, connection.nameless = found["has_slot"], found["nameless"]
+        tables = run_planned(connection, "examine_tables")[0]
+        if (tables["foreign"] and not connection.foreign) or tables["lockable"] != connection.lockable:
             connection.close()  # the next one looks again at what has to be locked
             raise unavailable("The tables of calls have just been changed: try again.", seconds=1)
-        connection.nameless, connection.zoned = found["nameless"], found["zoned"]
+        connection.doubled, connection.zoned = tables["keyless"] is not None, tables["zoned"]
 
     def too_many_streams(self) -> ApiError:
         limit = self.settings.account_streams

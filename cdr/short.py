@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg import sql
 
-from cdr.database import LOOKUP_SECONDS, PooledConnection, prepare, select_short
+from cdr.database import LOOKUP_SECONDS, PooledConnection, prepare, prepare_planned, select_short
 from cdr.selection import Key, Selection, Source, compose_select, typed_column
 from cdr.service import Service
 from cdr.statements import STATEMENTS, decode, find_placeholders, number_placeholders, write_array
@@ -47,8 +47,11 @@ def encode(value: Any, codec: str | None) -> bytes:
 
 def execute_short(
     service: Service, connection: PooledConnection, selection: Selection, fields: tuple[str, ...], zone: str | None
-) -> list[bytes]:
-    """The rows of compose_short, in one round trip and without planning again; psycopg.Error if that fails."""
+) -> list[bytes] | None:
+    """The rows of compose_short, in one round trip and without planning again; psycopg.Error if that fails.
+
+    None where the tables turn out to be others than the statement was made for.
+    """
     source, codec = selection.source(connection), service.calls.codec
     used = find_placeholders(compose_select(fields, source, typed_column))
     parameters = {name: value for name, value in selection.parameters().items() if name in used}
@@ -59,7 +62,12 @@ def execute_short(
     name = prepare(connection, compose_short(fields, source, tuple(fixed.items()), tuple(given)))
     values = [encode(parameters[name], codec) for name in given]
     settings = write_settings(service, connection, zone or service.time_zone)
-    return [decode(call, codec) for call in select_short(connection, settings, name, values)]
+    after = prepare_planned(connection, "examine_tables")
+    calls, (_, foreign, keyless, _) = select_short(connection, settings, name, values, after)
+    if foreign == b"t" or bool(keyless) != connection.doubled:
+        connection.doubled = bool(keyless)
+        return None
+    return [decode(call, codec) for call in calls]
 
 
 def write_settings(service: Service, connection: PooledConnection, zone: str) -> list[bytes]:
@@ -99,7 +107,7 @@ def find_short(service: Service, page: Selection, fields: tuple[str, ...], zone:
                 raise
             service.note_fallback("select_calls", error)
             return None
-    return judge(calls, page, size, fields)
+    return None if calls is None else judge(calls, page, size, fields)
 
 
 def judge(calls: list[bytes], page: Selection, size: int, fields: tuple[str, ...]) -> Short | None:

@@ -163,14 +163,17 @@ def test_an_upgrade_under_the_service_changes_no_answer(database: Database, guni
     assert not [o for o in outcomes if o.status == 200 and o.text != expected[o.request]]
 
 
-def test_a_connection_that_knows_the_tables_of_before_is_given_up(make_database: DatabaseMaker) -> None:
+@pytest.mark.parametrize("page", [{}, {"limit": "5"}], ids=["a list", "a short answer"])
+def test_a_connection_that_knows_the_tables_of_before_is_given_up(
+    make_database: DatabaseMaker, page: dict[str, str]
+) -> None:
     """What has to be locked before it is read is told when a connection is made."""
-    database = make_database()
+    database = make_database(index=bool(page))
     database.insert_call()
     client = database.client(database.account("alpha.example.com"))
 
     def status() -> int:
-        return client.get("/api/calls", domain_name="alpha.example.com").status_code
+        return client.get("/api/calls", domain_name="alpha.example.com", **page).status_code
 
     def first_status() -> int:
         """Of requests until one is 200: more than one connection may have to be given up."""

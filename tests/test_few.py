@@ -76,7 +76,7 @@ def prepared(client: Client) -> int:
     with client.app.extensions["cdr_api"].calls.connection() as connection:
         found = connection.execute("SELECT name, statement FROM pg_prepared_statements").fetchall()
         assert len(found) == len(connection.prepared) <= MOST_PREPARED
-        return sum("v_xml_cdr" in query for query in connection.prepared)
+        return sum("FROM v_xml_cdr AS cdr" in query for query in connection.prepared)
 
 
 @hypothesis.given(ROWS)
@@ -179,7 +179,7 @@ def test_a_connection_keeps_only_so_many_statements(database: Database, client: 
     uuid = database.insert_call()
     read_in_many_orders(client, uuid)
     assert executed(database) == 1
-    assert prepared(client) == MOST_PREPARED - 1  # and one for the token
+    assert prepared(client) == MOST_PREPARED - 2  # and one for the token, one for the tables
 
 
 def read_in_many_orders(client: Client, uuid: str) -> None:
@@ -201,7 +201,7 @@ def test_a_download_that_is_given_up_leaves_nothing_amiss(database: Database, cl
         next(response.iter_encoded())
         response.close()
         read_in_many_orders(client, uuid)
-        assert prepared(client) == MOST_PREPARED - 1
+        assert prepared(client) == MOST_PREPARED - 2
         assert client.get("/api/domains").status_code == 200
 
 
@@ -213,7 +213,7 @@ def test_a_database_of_calls_of_its_own(database: Database) -> None:
     for _ in range(3):
         assert client.get("/api/call_feed", **{"from": "2026-02-03"}).status_code == 200
         read_in_many_orders(client, uuid)
-    assert prepared(client) == MOST_PREPARED
+    assert prepared(client) == MOST_PREPARED - 1
 
 
 def test_statements_that_fail_leave_nothing_on_the_server(database: Database, client: Client) -> None:
