@@ -182,8 +182,8 @@ function showDestinations() {
   top.forEach(({ seconds }, index) => drawn[index].style.setProperty("--share-of", seconds / (top[0].seconds || 1)));
   if (calls) {
     find("destinations-note").textContent = !top.length ? "No outbound calls."
-      : all.length > TOP ? `The ${TOP} of ${whole(all.length)} numbers that outbound calls talked to longest. The file has all of them.`
-        : "All numbers that outbound calls went to, the longest talks first.";
+      : all.length > TOP ? `The ${TOP} of ${whole(all.length)} numbers called with the most outbound minutes. The file has all of them.`
+        : "All numbers that were called, the most minutes first.";
   }
 }
 
@@ -197,7 +197,7 @@ export function showMonth(found, parts, round) {
 /** Adds what the calls tell. They must be those of the totals, unless some were stored in between. */
 export function showCalls(found, least, most) {
   if (found.calls < least || found.calls > most) {
-    throw new ApiError(0, `${count(found.calls, "call")} came, but there are ${whole(least)}, so what they tell is not shown.`);
+    throw new ApiError(0, `${count(found.calls, "call")} arrived instead of ${whole(least)}, so they were thrown away.`);
   }
   calls = found;
   showTiles();

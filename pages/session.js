@@ -9,7 +9,7 @@ const HANDED = "cdr-api-handed-over";
 const HANDED_SECONDS = 30; // what lies there longer belongs to a page that never came
 
 const UNREACHABLE = "The service cannot be reached. Look at your connection, then try again.";
-const BROKEN = "The answer broke off before its end, so nothing of it is shown.";
+const BROKEN = "The answer broke off before its end, so it was thrown away.";
 
 let token = null;
 let email = ""; // of the account; "" where the token was pasted, which may be a program's, and is never deleted by us

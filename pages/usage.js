@@ -120,7 +120,7 @@ function showFrame(view) {
   find("meaning").textContent = `A call counts on the day on which it ended (time zone ${zoneName(view.zone) || "of the PBX"}). Minutes count from the moment`
     + " of the answer. A call that nobody answered has 0 minutes; FusionPBX counts missed calls differently. "
     + (view.calls === "all" ? "Every record: each leg of a call is counted by itself, so a conversation may count several times."
-      : "Each conversation once: of a call that rang several phones only one record counts. This does not say that it costs money.")
+      : "Each conversation once: a call that rang several phones counts as one. Calls that cost nothing are counted too.")
     + " Each figure is rounded to a tenth by itself, so sums may differ in the last digit; the files have exact seconds.";
 }
 
