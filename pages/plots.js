@@ -17,6 +17,8 @@ Chart.defaults.font.family = getComputedStyle(document.body).fontFamily;
 
 function makePlot(id, series, ticks = {}) {
   const datasets = series.map(([name, label]) => ({ name, label, data: [], borderRadius: 2, maxBarThickness: 26 }));
+  // Without this WebKit prints a canvas black that is resized for the paper.
+  find(id).getContext("2d", { willReadFrequently: true });
   return new Chart(find(id), {
     type: "bar",
     data: { labels: [], datasets },
@@ -72,7 +74,7 @@ export function draw(plot, rows, words, valueOf) {
 // A canvas follows neither the paper's size nor its colour by itself.
 addEventListener("beforeprint", () => {
   paint(LIGHT);
-  for (const plot of Object.values(plots)) plot.resize(280, 112);
+  for (const plot of Object.values(plots)) plot.resize(360, 132);
 });
 addEventListener("afterprint", () => {
   paintScreen();

@@ -814,3 +814,5 @@ def test_it_prints_on_one_sheet(visit: Opener, fragment: dict[str, str]) -> None
     assert not opened.page.get_by_label("Month", exact=True).is_visible()
     for name in ("calls", "minutes", "peak") if "domain" in fragment else ():
         expect(opened.page.locator(f"#{name}-plot")).to_be_visible()
+        attributes = opened.page.evaluate(f"Chart.getChart('{name}-plot').ctx.getContextAttributes()")
+        assert attributes["willReadFrequently"]  # or it is black from WebKit, which no driver lets us print from
