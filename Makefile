@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: run install deb test fuzz test-browsers test-deb test-pgbouncer test-versions test-pythons test-clusters torture day lint bench bench-peers lock assets clean gone
+.PHONY: run install deb test fuzz test-browsers test-package test-deb test-pgbouncer test-versions test-pythons test-clusters torture day lint bench bench-peers lock assets clean gone
 
 run: $(VENV)/run ## serve on http://127.0.0.1:8000 (PORT= chooses another)
 	@$(BIN)/python -m demo
@@ -32,6 +32,9 @@ test-pythons: $(VENV)/test ## what may differ on Python 3.13 and 3.14 (root; deb
 
 test-clusters: $(VENV)/test ## Patroni, whose leader is killed (needs patroni, etcd-server and postgresql of Debian)
 	$(BIN)/python -m pytest -q -s --clusters
+
+test-package: $(VENV)/test ## what is in the Debian package (dpkg; lintian)
+	$(BIN)/python -m pytest -q -o python_files=debian_package.py tests/debian_package.py
 
 test-deb: $(VENV)/test ## the package in a bare Debian 12 and 13, from its installation to its purge (root; debootstrap)
 	$(BIN)/python -m pytest -s -o python_files=bare_debian.py tests/bare_debian.py

@@ -1,4 +1,4 @@
-"""The Debian package: what is in it. tests/bare_debian.py tries its life, from its installation to its purge."""
+"""What is in the Debian package (make test-package); tests/bare_debian.py tries its life, to its purge."""
 
 from __future__ import annotations
 
