@@ -144,7 +144,7 @@ function readForm(form, { method, path, operation }) {
   if (json !== null) headers["Content-Type"] = "application/json";
   const search = String(query).replaceAll("%2C", ","); // which is as good, and can be read
   return {
-    url: place + (search && `?${search}`), method: method.toUpperCase(), headers, body: json ?? (body.size ? body : undefined),
+    url: place + (search && `?${search}`), method: method.toUpperCase(), headers, body: json ?? (String(body) ? body : undefined),
     open: isOpen(operation),
   };
 }

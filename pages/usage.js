@@ -273,7 +273,8 @@ function fillZones() {
 
 fillZones();
 find("choice").addEventListener("change", () => {
-  if (!find("choice").checkValidity()) return; // a year that is being typed
+  // Firefox has no field for months: it takes text, and says what is wrong with it. Elsewhere a year is being typed.
+  if (!(choice.month.type === "text" ? choice.month.reportValidity() : choice.month.checkValidity())) return;
   change({ month: choice.month.value, tz: choice.zone.value, calls: choice.legs.value, round: choice.rounding.value });
 });
 find("choice").addEventListener("submit", (event) => event.preventDefault());

@@ -21,7 +21,7 @@ from tests.webdriver import FIREFOX, MINI_BROWSER, Driven, run_firefox, run_webk
 
 ALPHA = "alpha.example.com"
 NOVEMBER = "month=2026-11"
-CONTROL_V = "\ue009v\ue000"
+CONTROL_V, TAB = "\ue009v\ue000", "\ue004"  # by WebDriver's names of keys
 LOADED = "document.querySelector('#report').getAttribute('aria-busy') === 'false'"
 
 
@@ -153,6 +153,20 @@ def test_a_token_that_is_no_longer_good_is_asked_for_in_place(
     assert not browser.run("return document.querySelector('#again').open")
 
 
+@pytest.mark.parametrize("browser", ["firefox"], indirect=True)  # which has no field for months
+def test_a_month_is_typed_as_text(browser: Driven, gunicorn: Gunicorn) -> None:
+    open_usage(browser, gunicorn.url, NOVEMBER)
+    month = "document.querySelector('[name=month]')"
+    browser.run(f"{month}.addEventListener('invalid', () => document.body.append('told'))")
+    for text in ("October", "2026-10"):
+        browser.run(f"{month}.select()")
+        browser.type("//input[@name='month']", text + TAB)
+        if text == "October":
+            browser.wait("document.body.lastChild.data === 'told'")
+            assert browser.run("return location.hash") == f"#{NOVEMBER}"
+    browser.wait("document.querySelector('h1').textContent === 'All domains, Oktober 2026'")
+
+
 def unpack(pdf: bytes) -> bytes:
     """What is compressed in a PDF; its pages are described there."""
     found = b""
@@ -188,4 +202,9 @@ def test_the_docs_page_tries_a_route_with_the_login_of_the_other(
     assert line.startswith("curl -s ")
     browser.wait(f"document.querySelector('#route-calls [name=fields]').value === {json.dumps(line)}")
     browser.press("Log out")
-    browser.wait("!document.querySelector('#login').hidden")
+    browser.click("//form[@id='login']//summary")
+    browser.type("//input[@id='pasted']", client.token or "")
+    browser.press("Use it", "login")
+    browser.press("Send", "route-domains")
+    shown = browser.wait("document.querySelector('#route-domains .body')?.textContent")
+    assert [domain["domain_name"] for domain in json.loads(shown)] == [ALPHA]

@@ -24,7 +24,7 @@ from tests.conftest import answers, free_port, wait_for
 
 FIREFOX = next(filter(None, map(shutil.which, ("firefox-esr", "firefox"))), None)
 WEBKIT = shutil.which("WebKitWebDriver")
-MINI_BROWSER = next(Path("/usr/lib").glob("*/webkit2gtk-4.*/MiniBrowser"), None)
+MINI_BROWSER = next(Path("/usr/lib").glob("*/webkit*gtk-*/MiniBrowser"), None)
 
 # Marionette's name for a command, and where WebDriver over HTTP has it.
 COMMANDS = {
