@@ -275,7 +275,7 @@ class Selection:
             "by": self.by,
             "from": self.start and self.start.isoformat(),
             "to": to,
-            "from_epoch": max(find_epoch(stamp, 0), 0),
+            "from_epoch": max(find_epoch(stamp, 0) - 1, 0),  # less: an instant is rounded to microseconds
             "to_epoch": find_epoch(to, LATEST_EPOCH) + 1 if self.by == "end" else LATEST_EPOCH,
             "possible": self.possible,
             "zone": self.zone,

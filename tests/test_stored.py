@@ -440,6 +440,15 @@ def test_a_fraction_of_an_epoch_leaves_no_call_out(make_database: DatabaseMaker,
         assert [call["xml_cdr_uuid"] for call in client.get("/api/call_range", **ended).get_json()] == [uuid]
 
 
+def test_an_epoch_that_is_rounded_up_to_a_second_is_not_between_two_pages(make_database: DatabaseMaker) -> None:
+    database = make_database("4.4.1")
+    uuids = [database.insert_call(end_epoch=epoch) for epoch in ("1770112800", "1770112799.9999996")]
+    client = database.client(database.account(ALPHA), database.app(CDR_API_TIMEZONE="UTC"))
+    first = client.get("/api/calls", domain_name=ALPHA, limit="1")
+    second = client.send("GET", first.headers["Link"].partition("<")[2].partition(">")[0])
+    assert [call["xml_cdr_uuid"] for page in (first, second) for call in page.get_json()] == uuids
+
+
 # Rows stored twice -------------------------------------------------------------------
 
 
