@@ -612,9 +612,15 @@ def call(uuid: str) -> Response:
     values = read_query(CALL)
     output = choose_format(values)
     alone = replace(output, opening=b"", closing=b"\n") if output.shows_end else output
-    return answer_belonging(
-        uuid, values, alone, lambda connection, own: [str(key) for _, key in find_keys(connection, own)]
-    )
+    return answer_belonging(uuid, values, alone, find_call)
+
+
+def find_call(connection: PooledConnection, own: Selection) -> list[str]:
+    """The uuid of the one call; ApiError 409 if it is stored more than once, which no object can tell."""
+    uuids = [str(key) for _, key in find_keys(connection, own)]
+    if len(uuids) > 1:
+        raise ApiError(409, f"This call is stored {len(uuids)} times: call_lookup gives each of them.")
+    return uuids
 
 
 @api.get("/calls/<uuid>/legs")

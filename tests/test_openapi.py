@@ -564,6 +564,14 @@ def ask_a_view(stage: Stage) -> TestResponse:
     return database.client(database.account(ALPHA)).get("/api/call_feed", **{"from": "2026-01-01"})
 
 
+def ask_for_a_call_stored_twice(stage: Stage) -> TestResponse:
+    database = stage.make_database()
+    uuid = database.insert_call()
+    database.execute("CREATE TABLE old (PRIMARY KEY (xml_cdr_uuid)) INHERITS (v_xml_cdr)")
+    database.execute("INSERT INTO old SELECT * FROM v_xml_cdr")
+    return database.client(database.account(ALPHA)).get(f"/api/calls/{uuid}")
+
+
 def ask_for_too_many_legs(stage: Stage) -> TestResponse:
     database = stage.make_database()
     caller = database.insert_call()
@@ -628,6 +636,7 @@ REQUESTS: dict[str, Callable[[Stage], TestResponse]] = {
         "/api/calls", domain_name="nowhere.example.com"
     ),
     "no_such_call": get("/api/calls/00000000-0000-4000-8000-000000000000"),
+    "stored_twice": ask_for_a_call_stored_twice,
     "too_many_legs": ask_for_too_many_legs,
     "method_not_allowed": lambda stage: stage.client.post("/api/calls"),
     "not_acceptable": get("/api/calls", domain_name=ALPHA, format="xml"),

@@ -539,6 +539,11 @@ def test_check_tells_of_a_call_that_two_parts_hold(make_database: DatabaseMaker,
         "INSERT INTO archive (xml_cdr_uuid, domain_name, end_stamp) VALUES (%s, %s, '2026-03-03')", [uuid, ALPHA]
     )
     assert check(app)[1]["key"].startswith("✗ key                1 calls are stored more than once, in partitions,")
+    client = database.client(database.account(ALPHA), app)
+    response = client.get(f"/api/calls/{uuid}")  # one object cannot tell of two
+    assert response.status_code == 409
+    assert problem(response)["message"].startswith("This call is stored 2 times")
+    assert len(client.post("/api/call_lookup", json={"xml_cdr_uuid": [uuid]}).get_json()["calls"]) == 2
 
 
 # Numbers that cannot be ---------------------------------------------------------------
