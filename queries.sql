@@ -1266,14 +1266,15 @@ SELECT indexrelid::regclass::text AS index_name
  WHERE indrelid = to_regclass('v_xml_cdr') AND NOT indisvalid;
 
 -- name: find_parts
--- One row: partitioned, whether v_xml_cdr is; far, those of it and its parts that are on other
--- servers (the table itself alone, where it is one).
+-- One row: partitioned and viewed, whether v_xml_cdr is partitioned or a view; far, those of it and its parts that
+-- are on other servers (the table itself alone, where it is one).
 WITH RECURSIVE members AS (
     SELECT to_regclass('v_xml_cdr')::oid AS oid
      UNION
     SELECT i.inhrelid FROM pg_inherits AS i JOIN members AS m ON i.inhparent = m.oid
 )
 SELECT coalesce(bool_or(c.oid = to_regclass('v_xml_cdr') AND c.relkind = 'p'), false) AS partitioned,
+       coalesce(bool_or(c.oid = to_regclass('v_xml_cdr') AND c.relkind = 'v'), false) AS viewed,
        coalesce(array_agg(c.relname::text ORDER BY c.relname) FILTER (WHERE c.relkind = 'f'), '{}') AS far
   FROM members AS m
   JOIN pg_class AS c ON c.oid = m.oid;

@@ -131,6 +131,8 @@ def check_index(_subject: Subject, connection: Connection) -> Iterator[Finding]:
         yield NOTE, "index", f"{far} is on another server, where this index has to be: {index}"
     elif served:
         yield GOOD, "index", "an index serves ranges"
+    elif parts["viewed"]:
+        yield NOTE, "index", f"v_xml_cdr is a view, and what it reads has to have this index: {index}"
     elif parts["partitioned"]:  # of which PostgreSQL makes no index concurrently; the name may be an older table's
         index = place.execute(f"CREATE INDEX ON {index.partition(' ON ')[2]}")
         yield BAD, "index", f"no index serves ranges; run {index}  # meanwhile no call is stored"
@@ -153,7 +155,7 @@ def find_missing_index(connection: Connection) -> str | None:
     """The statement for an index that is missing, if it can be made while calls are stored."""
     parts = run(connection, "find_parts")[0]
     index, served = find_index(connection)
-    return None if served or parts["far"] or parts["partitioned"] else index
+    return None if served or parts["far"] or parts["partitioned"] or parts["viewed"] else index
 
 
 def is_range_planned(connection: Connection) -> bool:
