@@ -509,7 +509,8 @@ SELECT pg_backend_pid() AS pid, indexed, epochs_indexed,
 
 -- name: examine_tables
 -- One row: lockable, whether LOCK TABLE takes v_xml_cdr;
--- foreign, whether calls may be on another server: in a foreign table, which a view may hide;
+-- foreign, whether calls may be where LOCK TABLE does not reach: in a foreign table, which a view may hide, or in
+-- what a function reads that a view calls;
 -- keyless, the name of a plain table, or of a partition or other child of this server, that nothing keeps from
 -- holding a key twice (NULL: there is none); and zoned, whether stamps are known to be instants.
 WITH RECURSIVE parts AS (
@@ -523,7 +524,11 @@ WITH RECURSIVE parts AS (
 SELECT coalesce((SELECT relkind IN ('r', 'p', 'v') FROM pg_class WHERE oid = to_regclass('v_xml_cdr')), true) AS lockable,
        EXISTS (SELECT FROM pg_foreign_table AS f
                  JOIN pg_class AS c ON c.oid = to_regclass('v_xml_cdr')
-                WHERE c.oid = f.ftrelid OR c.relkind = 'v' OR f.ftrelid IN (SELECT inhrelid FROM pg_inherits)) AS "foreign",
+                WHERE c.oid = f.ftrelid OR c.relkind = 'v' OR f.ftrelid IN (SELECT inhrelid FROM pg_inherits))
+           OR EXISTS (SELECT FROM pg_class AS c
+                       WHERE c.oid = to_regclass('v_xml_cdr') AND c.relkind = 'v'
+                         AND EXISTS (SELECT FROM pg_depend
+                                      WHERE classid = 'pg_rewrite'::regclass AND refclassid = 'pg_proc'::regclass)) AS "foreign",
        (SELECT min(oid::regclass::text)
           FROM parts
          WHERE relkind = 'r'

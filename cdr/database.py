@@ -59,7 +59,7 @@ class PooledConnection(Connection):
         False  # whether one of the two tells at once, of all of the table, if there are calls without a domain_uuid
     )
     lockable = True  # whether LOCK TABLE takes v_xml_cdr, which may be a foreign table
-    foreign = False  # whether calls may be on another server
+    foreign = False  # whether calls may be where LOCK TABLE does not reach, as on another server
     doubled = False  # whether nothing kept v_xml_cdr from holding a call twice when it was last looked at
     nameless = True  # whether there may be calls without a domain_uuid; in a transaction that take_stream_slot began
     zoned = False  # whether stamps are known to be timestamptz; in such a transaction

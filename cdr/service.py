@@ -182,8 +182,9 @@ class Service:
     def holding_foreign_calls(self, connection: PooledConnection) -> Iterator[None]:
         """Keeps calls on other servers from being rewritten while the block begins the connection's transaction.
 
-        LOCK TABLE does not reach them, and postgres_fdw takes its snapshot before it locks: to that a table whose
-        ALTER TABLE it waited for looks empty. So another transaction locks it before this one's snapshot is taken.
+        And calls that a view reads by a function. LOCK TABLE does not reach them, and a snapshot that was taken before
+        their table is locked, as postgres_fdw takes it, finds that empty after an ALTER TABLE that it waited for. So
+        another transaction locks it before this one's snapshot is taken.
         """
         if not connection.foreign:
             yield

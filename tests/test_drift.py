@@ -190,3 +190,24 @@ def test_a_connection_that_knows_the_tables_of_before_is_given_up(
     assert first_status() == 503
     database.execute("DROP MATERIALIZED VIEW v_xml_cdr; ALTER TABLE plain RENAME TO v_xml_cdr")
     assert first_status() == 503
+
+
+def test_what_a_function_of_a_view_reads_does_not_look_empty(make_database: DatabaseMaker) -> None:
+    """While it is loaded anew, as it does to every snapshot from before."""
+    database = make_database(calls=60)
+    database.execute("""
+        ALTER TABLE v_xml_cdr RENAME TO stored;
+        CREATE FUNCTION all_calls() RETURNS SETOF stored LANGUAGE sql STABLE AS 'SELECT * FROM stored';
+        CREATE VIEW v_xml_cdr AS SELECT * FROM all_calls();
+        GRANT SELECT ON v_xml_cdr, stored TO cdr_api""")
+    client = database.client(database.account("alpha.example.com"))
+    waiting = "SELECT pid FROM pg_stat_activity WHERE datname = %s AND wait_event_type = 'Lock'"
+    expected = client.calls()
+    assert expected
+    with ThreadPoolExecutor() as pool:
+        with database.connect() as connection, connection.transaction():
+            connection.execute("CREATE TEMP TABLE kept ON COMMIT DROP AS TABLE stored")
+            connection.execute("TRUNCATE stored; INSERT INTO stored SELECT * FROM kept")
+            future = pool.submit(client.calls)
+            wait_for(lambda: database.execute(waiting, [database.name]))
+        assert future.result() == expected
