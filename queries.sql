@@ -512,23 +512,31 @@ SELECT pg_backend_pid() AS pid, indexed, epochs_indexed,
 -- foreign, whether calls may be where LOCK TABLE does not reach: in a foreign table, which a view may hide, or in
 -- what a function reads that a view calls;
 -- keyless, the name of a plain table, or of a partition or other child of this server, that nothing keeps from
--- holding a key twice (NULL: there is none); and zoned, whether stamps are known to be instants.
-WITH RECURSIVE parts AS (
-    SELECT c.oid, c.relkind FROM pg_class AS c WHERE c.oid = to_regclass('v_xml_cdr')
+-- holding a key twice (NULL: there is none), for which no partition is looked at that has the key of the whole; and
+-- zoned, whether stamps are known to be instants.
+WITH RECURSIVE root AS (
+    SELECT oid, relkind FROM pg_class WHERE oid = to_regclass('v_xml_cdr')
+), parts AS (
+    SELECT oid, relkind FROM root
      UNION ALL
     SELECT c.oid, c.relkind
       FROM parts
-      JOIN pg_inherits AS i ON i.inhparent = parts.oid
-      JOIN pg_class AS c ON c.oid = i.inhrelid
+      JOIN pg_inherits AS p ON p.inhparent = parts.oid
+      JOIN pg_class AS c ON c.oid = p.inhrelid
+     WHERE parts.relkind <> 'p'
+        OR NOT EXISTS (SELECT FROM pg_index AS i
+                         JOIN pg_attribute AS a ON a.attrelid = i.indexrelid AND a.attnum <= i.indnkeyatts
+                        WHERE i.indrelid = parts.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
+                          AND a.attname IN ('uuid', 'xml_cdr_uuid'))
 )
-SELECT coalesce((SELECT relkind IN ('r', 'p', 'v') FROM pg_class WHERE oid = to_regclass('v_xml_cdr')), true) AS lockable,
-       EXISTS (SELECT FROM pg_foreign_table AS f
-                 JOIN pg_class AS c ON c.oid = to_regclass('v_xml_cdr')
-                WHERE c.oid = f.ftrelid OR c.relkind = 'v' OR f.ftrelid IN (SELECT inhrelid FROM pg_inherits))
-           OR EXISTS (SELECT FROM pg_class AS c
-                       WHERE c.oid = to_regclass('v_xml_cdr') AND c.relkind = 'v'
-                         AND EXISTS (SELECT FROM pg_depend
-                                      WHERE classid = 'pg_rewrite'::regclass AND refclassid = 'pg_proc'::regclass)) AS "foreign",
+SELECT coalesce((SELECT relkind IN ('r', 'p', 'v') FROM root), true) AS lockable,
+       EXISTS (SELECT FROM root
+                 JOIN pg_foreign_table AS f
+                   ON f.ftrelid = root.oid OR root.relkind = 'v' OR f.ftrelid IN (SELECT inhrelid FROM pg_inherits))
+           OR coalesce((SELECT CASE WHEN relkind = 'v'  -- else nothing is looked for
+                                    THEN EXISTS (SELECT FROM pg_depend
+                                                  WHERE classid = 'pg_rewrite'::regclass
+                                                    AND refclassid = 'pg_proc'::regclass) END FROM root), false) AS "foreign",
        (SELECT min(oid::regclass::text)
           FROM parts
          WHERE relkind = 'r'
@@ -536,9 +544,10 @@ SELECT coalesce((SELECT relkind IN ('r', 'p', 'v') FROM pg_class WHERE oid = to_
                              JOIN pg_attribute AS a ON a.attrelid = i.indexrelid AND a.attnum <= i.indnkeyatts
                             WHERE i.indrelid = parts.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
                               AND a.attname IN ('uuid', 'xml_cdr_uuid'))) AS keyless,
-       (SELECT count(*) = 3 FROM pg_attribute
-         WHERE attrelid = to_regclass('v_xml_cdr') AND attname IN ('start_stamp', 'answer_stamp', 'end_stamp')
-           AND atttypid = 'timestamptz'::regtype) AS zoned;
+       (SELECT count(*) = 3
+          FROM root
+          JOIN pg_attribute ON attrelid = root.oid
+         WHERE attname IN ('start_stamp', 'answer_stamp', 'end_stamp') AND atttypid = 'timestamptz'::regtype) AS zoned;
 
 -- name: set_session
 -- For as long as a connection has a server process of its own: what begin_read sets for others.
