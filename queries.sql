@@ -549,6 +549,17 @@ SELECT coalesce((SELECT relkind IN ('r', 'p', 'v') FROM root), true) AS lockable
           JOIN pg_attribute ON attrelid = root.oid
          WHERE attname IN ('start_stamp', 'answer_stamp', 'end_stamp') AND atttypid = 'timestamptz'::regtype) AS zoned;
 
+-- name: confirm_plain
+-- A row if v_xml_cdr is a plain table without children that cannot hold a key twice, as it nearly always is: then
+-- examine_tables, which takes longer, has nothing to tell.
+SELECT true
+  FROM pg_class AS c
+  JOIN pg_index AS i ON i.indrelid = c.oid
+  JOIN pg_attribute AS a ON a.attrelid = i.indexrelid AND a.attnum <= i.indnkeyatts
+ WHERE c.oid = to_regclass('v_xml_cdr') AND c.relkind = 'r' AND NOT c.relhassubclass
+   AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
+   AND a.attname IN ('uuid', 'xml_cdr_uuid');
+
 -- name: set_session
 -- For as long as a connection has a server process of its own: what begin_read sets for others.
 -- Not what would change the plans of other statements.

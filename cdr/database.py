@@ -60,6 +60,7 @@ class PooledConnection(Connection):
     )
     lockable = True  # whether LOCK TABLE takes v_xml_cdr, which may be a foreign table
     foreign = False  # whether calls may be where LOCK TABLE does not reach, as on another server
+    plain = False  # whether it was a plain table with a key when it was last looked at
     doubled = False  # whether nothing kept v_xml_cdr from holding a call twice when it was last looked at
     nameless = True  # whether there may be calls without a domain_uuid; in a transaction that take_stream_slot began
     zoned = False  # whether stamps are known to be timestamptz; in such a transaction
@@ -193,6 +194,7 @@ class Database:
         tables = run_planned(connection, "examine_tables")[0]
         connection.lockable, connection.foreign = tables["lockable"], tables["foreign"]
         connection.doubled = tables["keyless"] is not None
+        connection.plain = bool(run_planned(connection, "confirm_plain"))
 
     @contextmanager
     def connection(self) -> Iterator[PooledConnection]:
@@ -345,8 +347,8 @@ def select_short(
 ) -> tuple[list[bytes], list[bytes]]:
     """The only column of a prepared statement's rows, in one round trip with a transaction of its own.
 
-    And the only row of another one, which comes after it. settings: statements that come before it. Raises
-    psycopg.Error if one of them fails.
+    And the first row of another one, which comes after it, if it has one. settings: statements that come before it.
+    Raises psycopg.Error if one of them fails.
     """
     pgconn = connection.pgconn
     pgconn.enter_pipeline_mode()
@@ -364,7 +366,7 @@ def select_short(
         raise
     check_results(results)
     calls, last = results[len(settings) + 1 : len(settings) + 3]
-    return first_column(calls), [last.get_value(0, column) or b"" for column in range(last.nfields)]
+    return first_column(calls), [last.get_value(0, column) or b"" for column in range(last.nfields) if last.ntuples]
 
 
 def read_pipeline(pgconn: pq.abc.PGconn) -> PQGen[list[pq.abc.PGresult]]:

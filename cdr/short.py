@@ -62,12 +62,21 @@ def execute_short(
     name = prepare(connection, compose_short(fields, source, tuple(fixed.items()), tuple(given)))
     values = [encode(parameters[name], codec) for name in given]
     settings = write_settings(service, connection, zone or service.time_zone)
-    after = prepare_planned(connection, "examine_tables")
-    calls, (_, foreign, keyless, _) = select_short(connection, settings, name, values, after)
-    if foreign == b"t" or bool(keyless) != connection.doubled:
-        connection.doubled = bool(keyless)
+    after = prepare_planned(connection, "confirm_plain" if connection.plain else "examine_tables")
+    calls, found = select_short(connection, settings, name, values, after)
+    if has_changed(connection, found):
         return None
     return [decode(call, codec) for call in calls]
+
+
+def has_changed(connection: PooledConnection, found: list[bytes]) -> bool:
+    """Whether the tables are others than the connection knew, by a row of confirm_plain or examine_tables."""
+    if connection.plain:
+        connection.plain = bool(found)
+        return not connection.plain
+    _, foreign, keyless, _ = found
+    before, connection.doubled = connection.doubled, bool(keyless)
+    return foreign == b"t" or connection.doubled != before
 
 
 def write_settings(service: Service, connection: PooledConnection, zone: str) -> list[bytes]:
