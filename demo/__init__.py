@@ -161,9 +161,9 @@ def compose_insert(connection: Connection, release: str) -> str:
     return f"INSERT INTO v_xml_cdr ({', '.join(columns)}) SELECT {selected} FROM ({query}) AS call"
 
 
-def add_imported_calls(connection: Connection) -> None:
-    """The rows that FusionPBX 5.5.7's own importer wrote (imported-5.5.7.csv)."""
-    table = (HERE / "imported-5.5.7.csv").read_text("utf-8")
+def add_imported_calls(connection: Connection, name: str = "imported-5.5.7.csv") -> None:
+    """The rows that FusionPBX 5.5.7's own importer wrote, from a file that README.md describes."""
+    table = (HERE / name).read_text("utf-8")
     header = table.partition("\n")[0].strip()
     with connection.cursor().copy(f"COPY v_xml_cdr ({header}) FROM STDIN (FORMAT csv, HEADER)") as copy:
         copy.write(table)

@@ -107,7 +107,7 @@ def test_a_plain_call_is_its_own_conversation(database: Database, client: Client
 
 
 def test_legs_that_a_ring_group_originated(database: Database, client: Client) -> None:
-    """An enterprise ring group: each leg is a call of its own, one wins the race."""
+    """An enterprise ring group: each leg is a call of its own, one wins the race (and is stored with log-b-leg)."""
     caller = insert(database, "05:00:00 05:10:00", direction="inbound")
     won = insert(database, "05:00:01 05:10:00", originating_leg_uuid=caller, bridge_uuid=caller)
     lost = insert(database, "05:00:01 05:00:09", originating_leg_uuid=caller, hangup_cause="LOSE_RACE")
@@ -207,6 +207,34 @@ def test_legs_that_are_stored_twice_do_not_push_others_out(make_database: Databa
     )
     database.execute("INSERT INTO old SELECT * FROM v_xml_cdr")
     assert client.get(f"/api/calls/{caller}/legs").status_code == 409
+
+
+# What demo/imported-legs-5.5.7.csv has, by shape and leg: those that were made for the leg 0001 of their shape, and
+# those that name no channel that another one names.
+MADE = (
+    "02-0002 05-0003 05-0004 06-0002 06-0003 07-0002 08-0002 08-0003 09-0002 09-0003 10-0003 12-0002 13-0002 15-0002"
+    " 17-0002 18-0003 24-0002 24-0003 26-0003"
+)
+ALONE = {"18-0004", "21-0001", "21-0002", "25-0003"}
+
+
+def test_legs_that_fusionpbxs_own_importer_wrote(make_database: DatabaseMaker) -> None:
+    """All legs of a shape and no foreign ones, and the first of them where it is named."""
+    database = make_database(index=True)
+    with database.connect() as connection:
+        demo.add_imported_calls(connection, "imported-legs-5.5.7.csv")
+        domain = "(SELECT domain_uuid FROM v_xml_cdr LIMIT 1)"  # they all have it
+        connection.execute(f"UPDATE v_domains SET domain_uuid = {domain} WHERE domain_name = 'alpha.example.com'")
+    client = database.client(database.account("alpha.example.com"))
+    stored = client.calls(fields="xml_cdr_uuid,conversation_uuid")
+    assert len(stored) == 51
+    conversations = {call["xml_cdr_uuid"]: call["conversation_uuid"] for call in stored}
+    assert conversations == {
+        uuid: uuid[:9] + "0001" + uuid[13:] if uuid[6:13] in MADE else uuid for uuid in conversations
+    }
+    for uuid in conversations:
+        whole = {other for other in conversations if other[:8] == uuid[:8] and other[6:13] not in ALONE}
+        assert set(legs(client, uuid, fields="xml_cdr_uuid")) == ({uuid} if uuid[6:13] in ALONE else whole)
 
 
 @pytest.mark.parametrize("release", demo.RELEASES)

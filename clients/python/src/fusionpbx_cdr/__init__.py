@@ -300,7 +300,7 @@ class Client:
         return found
 
     def legs(self, xml_cdr_uuid: str, **parameters: Any) -> list[Call]:
-        """All legs of a call's conversation."""
+        """The legs of a call's conversation."""
         found: list[Call] = self._read("GET", f"calls/{xml_cdr_uuid}/legs", parameters)
         return found
 
