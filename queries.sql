@@ -510,7 +510,7 @@ SELECT pg_backend_pid() AS pid, indexed, epochs_indexed,
 -- name: examine_tables
 -- One row: lockable, whether LOCK TABLE takes v_xml_cdr;
 -- foreign, whether calls may be where LOCK TABLE does not reach: in a foreign table, which a view may hide, or in
--- what a function reads that a view calls;
+-- what a function reads that a view calls (from 16384 on objects are not PostgreSQL's own);
 -- keyless, the name of a plain table, or of a partition or other child of this server, that nothing keeps from
 -- holding a key twice (NULL: there is none), for which no partition is looked at that has the key of the whole; and
 -- zoned, whether stamps are known to be instants.
@@ -536,7 +536,8 @@ SELECT coalesce((SELECT relkind IN ('r', 'p', 'v') FROM root), true) AS lockable
            OR coalesce((SELECT CASE WHEN relkind = 'v'  -- else nothing is looked for
                                     THEN EXISTS (SELECT FROM pg_depend
                                                   WHERE classid = 'pg_rewrite'::regclass
-                                                    AND refclassid = 'pg_proc'::regclass) END FROM root), false) AS "foreign",
+                                                    AND refclassid = 'pg_proc'::regclass
+                                                    AND refobjid >= 16384) END FROM root), false) AS "foreign",
        (SELECT min(oid::regclass::text)
           FROM parts
          WHERE relkind = 'r'
